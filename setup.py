@@ -1,0 +1,49 @@
+"""Package definition of hybrid_dit; see README.md for the two commands most people need."""
+
+from setuptools import find_packages, setup
+
+TORCH = ["torch>=2.4,<=2.13.0"]  # what PyTorch users of an export need, and the numerical oracle of the tests
+
+setup(
+    name="hybrid_dit",
+    version="0.1.0",
+    description="Attention Surgery in JAX: turn a pretrained Wan2.1 video DiT into a hybrid softmax/linear one",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["hybrid_dit", "hybrid_dit.*"]),
+    install_requires=[
+        "absl-py",
+        "av",  # reads and writes H.264 without a system ffmpeg
+        "einops",
+        "flax>=0.10",
+        "jax>=0.6",
+        "jaxtyping",
+        "matplotlib",
+        "ml-collections>=1.0",
+        "numpy",
+        "optax",
+        "orbax-checkpoint>=0.11",
+        "pillow",
+        "safetensors",
+        "tensorflow-datasets",
+        "tokenizers",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "gpu": ["jax[cuda13]"],
+        "torch": TORCH,
+        "test": TORCH
+        + [
+            "accelerate",
+            "beartype",
+            "diffusers>=0.35",
+            "ftfy",
+            "pytest",
+            "pytest-cov",
+            "pytest-xdist",
+            "ruff",
+            "sentencepiece",
+            "transformers",
+        ],
+    },
+)
