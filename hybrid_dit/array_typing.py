@@ -8,6 +8,11 @@ Dimension names:
     B  blocks of the transformer (stacked parameters)
 """
 
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int, PyTree, Shaped
 
-__all__ = ["Array", "Bool", "Float", "Int", "PyTree", "Shaped"]
+Array = jax.Array | np.ndarray  # functions of JAX take both, outside jit too
+
+__all__ = ["Array", "Bool", "DTypeLike", "Float", "Int", "PyTree", "Shaped"]

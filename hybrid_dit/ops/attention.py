@@ -1,0 +1,101 @@
+"""Hybrid softmax/linear attention (paper Eq. 5) and the one dispatcher over attention kinds."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_dit.array_typing import Array, Float, PyTree
+from hybrid_dit.ops import feature_maps
+from hybrid_dit.ops.softmax import softmax_attention, softmax_sums
+from hybrid_dit.ops.spec import AttentionSpec
+from hybrid_dit.ops.tokens import Grid, linear_mask, softmax_tokens
+
+# The linear part alone may have a vanishing denominator (features can all be zero in bf16).
+TINY = 1e-20
+
+
+def attention(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b n h d"],
+    v: Float[Array, "b n h d"],
+    phi: PyTree,
+    *,
+    spec: AttentionSpec,
+    grid: Grid,
+) -> Float[Array, "b n h d"]:
+    """Self-attention over one video's tokens as `spec` says, in the dtype of `q`.
+
+    Args:
+        q: queries after qk-norm and RoPE.
+        k: keys, likewise.
+        v: values.
+        phi: parameters of the feature maps, {"q": ..., "k": ...}; ignored by softmax attention.
+        spec: what to compute; static.
+        grid: frames, rows, columns of the token grid; their product is n.
+    """
+    return ATTENTIONS[spec.kind](q, k, v, phi, spec, grid)
+
+
+def softmax_part(
+    q: Float[Array, "b n h d"], k: Float[Array, "b n h d"], v: Float[Array, "b n h d"], spec: AttentionSpec, grid: Grid
+) -> tuple[Array, Array]:
+    """The sums of Eq. 5 over S: numerator [b, n, h, d] and denominator [b, n, h], float32; zeros where S is empty.
+
+    Independent of φ: distillation computes it once per rate and block.
+    """
+    if spec.kind == "linear":
+        return jnp.zeros(()), jnp.zeros(())
+    if spec.pattern == "stride":
+        k, v = k[:, :: spec.rate], v[:, :: spec.rate]  # a strided slice: cheaper than a gather
+    else:
+        index = softmax_tokens(grid, spec.rate, spec.pattern)
+        k, v = jnp.take(k, index, axis=1), jnp.take(v, index, axis=1)
+    numerator, denominator, _ = softmax_sums(q, k, v)
+    if spec.stabiliser == "lse":
+        # c_i = log Σ exp(s_ij) instead of the maximum; held fixed in the gradient, as the maximum is.
+        scale = jax.lax.stop_gradient(denominator)
+        return numerator / scale[..., None], denominator / scale
+    return numerator, denominator
+
+
+def linear_part(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b n h d"],
+    v: Float[Array, "b n h d"],
+    phi: PyTree,
+    spec: AttentionSpec,
+    grid: Grid,
+) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
+    """The sums of Eq. 5 over L (every token if S is empty), φ_q(q_i)·Σ φ_k(k_j)ᵀ v_j and φ_q(q_i)·Σ φ_k(k_j)ᵀ; float32.
+
+    The state Σ φ_k(k_j)ᵀ v_j is F×D per head; nothing here grows with N².
+    """
+    phi_q = feature_maps.apply(phi["q"], q, spec.feature_map)
+    phi_k = feature_maps.apply(phi["k"], k, spec.feature_map)
+    if spec.kind == "hybrid":
+        keep = jnp.asarray(linear_mask(grid, spec.rate, spec.pattern), phi_k.dtype)
+        phi_k = phi_k * keep[:, None, None]
+    state = jnp.einsum("bnhf,bnhd->bhfd", phi_k, v, preferred_element_type=jnp.float32)
+    normaliser = phi_k.astype(jnp.float32).sum(axis=1)
+    phi_q = phi_q.astype(jnp.float32)
+    return jnp.einsum("bnhf,bhfd->bnhd", phi_q, state), jnp.einsum("bnhf,bhf->bnh", phi_q, normaliser)
+
+
+def combine(softmax_sums_: tuple[Array, Array], linear_sums: tuple[Array, Array]) -> Float[Array, "b n h d"]:
+    """Eq. 5 from its sums: (numerators added) / (denominators added), float32."""
+    denominator = softmax_sums_[1] + linear_sums[1]
+    return (softmax_sums_[0] + linear_sums[0]) / jnp.maximum(denominator, TINY)[..., None]
+
+
+def _softmax(q, k, v, phi, spec, grid):
+    del phi, spec, grid
+    return softmax_attention(q, k, v)
+
+
+def _mixed(q, k, v, phi, spec, grid):
+    parts = softmax_part(q, k, v, spec, grid), linear_part(q, k, v, phi, spec, grid)
+    return combine(*parts).astype(q.dtype)
+
+
+ATTENTIONS: dict[str, Callable] = {"softmax": _softmax, "hybrid": _mixed, "linear": _mixed}

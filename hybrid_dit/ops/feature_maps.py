@@ -1,0 +1,98 @@
+"""Feature maps φ of linear attention: non-negative features per head, learnable (`poly`, `hedgehog`) or fixed (`elu`).
+
+To add one, write `init` and `apply` and enter them in `FEATURE_MAPS`; models, cost tables, conversion and the oracle
+tests take it from there.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_dit.array_typing import Array, Float, PyTree
+from hybrid_dit.errors import UserError
+from hybrid_dit.ops.spec import FeatureMapSpec
+
+
+class FeatureMap(NamedTuple):
+    """One entry of `FEATURE_MAPS`.
+
+    Attributes:
+        init: (key, heads, head_dim, spec) -> parameters (a flat dict of float32 arrays with a leading head axis).
+        apply: (params, x [b, n, h, d], spec) -> features [b, n, h, f], in the dtype of `x`.
+    """
+
+    init: Callable[[Array, int, int, FeatureMapSpec], dict]
+    apply: Callable[[dict, Array, FeatureMapSpec], Array]
+
+
+def init(key: Array, heads: int, head_dim: int, spec: FeatureMapSpec) -> dict:
+    """Returns the parameters of one pair of maps: {"q": ..., "k": ...}."""
+    entry = _entry(spec)
+    key_q, key_k = jax.random.split(key)
+    return {"q": entry.init(key_q, heads, head_dim, spec), "k": entry.init(key_k, heads, head_dim, spec)}
+
+
+def apply(params: PyTree, x: Float[Array, "b n h d"], spec: FeatureMapSpec) -> Float[Array, "b n h f"]:
+    """φ(x) >= 0 for every token and head, in the dtype of `x`; matrix products accumulate in float32."""
+    return _entry(spec).apply(params, x, spec)
+
+
+def _entry(spec: FeatureMapSpec) -> FeatureMap:
+    if spec.kind not in FEATURE_MAPS:
+        raise UserError(f"unknown feature map {spec.kind!r}; choose one of {', '.join(FEATURE_MAPS)}")
+    return FEATURE_MAPS[spec.kind]
+
+
+def _dense(x: Array, kernel: Array, bias: Array) -> Array:
+    """x [b, n, h, i] times a kernel [h, i, o] per head, float32 out."""
+    y = jnp.einsum("bnhi,hio->bnho", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return y + bias.astype(jnp.float32)
+
+
+def _poly_init(key, heads, head_dim, spec):
+    width = spec.degree * head_dim
+    params = {}
+    for i, layer_key in enumerate(jax.random.split(key, spec.layers)):
+        fan_in = head_dim if i == 0 else width
+        params[f"w{i}"] = jax.random.normal(layer_key, (heads, fan_in, width)) * fan_in**-0.5
+        params[f"b{i}"] = jnp.zeros((heads, width))
+    return params
+
+
+def _poly_apply(params, x, spec):
+    """Paper: φ(x) = [ψ_1(x)^1, ..., ψ_P(x)^P], ψ = a per-head MLP with softplus at its end (our reading)."""
+    y = x
+    for i in range(spec.layers):
+        if i > 0:
+            y = jax.nn.gelu(y).astype(x.dtype)
+        y = _dense(y, params[f"w{i}"], params[f"b{i}"])
+    slices = jnp.split(jax.nn.softplus(y), spec.degree, axis=-1)
+    return jnp.concatenate([s ** (p + 1) for p, s in enumerate(slices)], axis=-1).astype(x.dtype)
+
+
+def _elu_apply(params, x, spec):
+    """elu(x) + 1 (Katharopoulos et al. 2020)."""
+    del params, spec
+    return (jax.nn.elu(x.astype(jnp.float32)) + 1.0).astype(x.dtype)
+
+
+def _hedgehog_init(key, heads, head_dim, spec):
+    del key, spec
+    eye = jnp.broadcast_to(jnp.eye(head_dim), (heads, head_dim, head_dim))
+    return {"w0": eye, "b0": jnp.zeros((heads, head_dim))}
+
+
+def _hedgehog_apply(params, x, spec):
+    """softmax over the features [y, -y] of y = W x + b, W starting as the identity (Zhang et al. 2024)."""
+    del spec
+    y = _dense(x, params["w0"], params["b0"])
+    return jax.nn.softmax(jnp.concatenate([y, -y], axis=-1), axis=-1).astype(x.dtype)
+
+
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    "poly": FeatureMap(_poly_init, _poly_apply),
+    "elu": FeatureMap(lambda key, heads, head_dim, spec: {}, _elu_apply),
+    "hedgehog": FeatureMap(_hedgehog_init, _hedgehog_apply),
+}
