@@ -1,0 +1,215 @@
+"""FLOPs and parameters of a Wan DiT whose blocks may have softmax, hybrid or linear self-attention.
+
+The accounting, which reproduces the paper's figures for φ and for a block to the digits shown there:
+
+* A multiply-add is 2 FLOPs. Element-wise work (softmax, norms, RoPE, activations, powers, the division by the
+  normaliser) and the normaliser's own sum are not counted; the biases of φ are, at 1 FLOP each.
+* Softmax core: q·kᵀ and p·v over the keys it sees, 4·N·M·d; a hybrid sees M = |S| = ceil(N / R) keys.
+* Linear part: the state Σ φ_k(k)ᵀ v is built and applied at 2·N·F·d each. φ_q, φ_k and the state run over all N tokens,
+  also those in S: masking S is what a dense implementation does, so this is an upper bound.
+* A block is self-attention (q, k, v, o and the attention itself), cross-attention to the text, and the feed-forward
+  layer. Embeddings and the output head are left out: 0.01% of the 1.3B model at 32,760 tokens.
+
+Costs are forward passes of one sample; with classifier-free guidance a sampling step makes two.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from hybrid_dit.errors import UserError
+
+KINDS = ("softmax", "hybrid", "linear")
+FEATURE_MAPS = ("poly", "elu", "hedgehog")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of a DiT and of the video it runs on.
+
+    Attributes:
+        dim: model width d = heads * head width.
+        heads: attention heads.
+        ffn: hidden width of the feed-forward layer.
+        blocks: transformer blocks.
+        tokens: video tokens N.
+        text_tokens: length of the (padded) prompt.
+    """
+
+    dim: int
+    heads: int
+    ffn: int
+    blocks: int
+    tokens: int
+    text_tokens: int = 512
+
+    def __post_init__(self):
+        if min(dataclasses.astuple(self)) < 1 or self.dim % self.heads:
+            raise UserError(f"every size must be at least 1 and dim a multiple of heads, got {self}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.dim // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """What a block's self-attention is, as far as its cost goes.
+
+    Attributes:
+        kind: "softmax", "hybrid", or "linear" (S empty).
+        rate: R of a hybrid: every R-th token keeps softmax; 1 is plain softmax.
+        feature_map: "poly" (the paper's MLP), "elu" (no parameters, F = D) or "hedgehog" (one linear layer, F = 2 D).
+        degree: P of "poly": F = P·D features.
+        layers: depth of the "poly" MLP.
+    """
+
+    kind: str
+    rate: int = 1
+    feature_map: str = "poly"
+    degree: int = 2
+    layers: int = 2
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UserError(f"unknown kind of attention {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.feature_map not in FEATURE_MAPS:
+            raise UserError(f"unknown feature map {self.feature_map!r}; choose one of {', '.join(FEATURE_MAPS)}")
+        if min(self.rate, self.degree, self.layers) < 1:
+            raise UserError(f"rate, degree and layers must be at least 1, got {self}")
+
+    @property
+    def is_softmax(self) -> bool:
+        """Whether no token is left to the linear part."""
+        return self.kind == "softmax" or (self.kind == "hybrid" and self.rate == 1)
+
+
+SOFTMAX = Attention("softmax")
+
+
+def wan_1_3b(tokens: int) -> Shape:
+    """Returns the shape of Wan2.1 T2V 1.3B on a video of that many tokens."""
+    return Shape(dim=1536, heads=12, ffn=8960, blocks=30, tokens=tokens)
+
+
+def wan_14b(tokens: int) -> Shape:
+    """Returns the shape of Wan2.1 T2V 14B on a video of that many tokens."""
+    return Shape(dim=5120, heads=40, ffn=13824, blocks=40, tokens=tokens)
+
+
+def video_tokens(frames: int, height: int, width: int) -> int:
+    """Returns N for a video in pixels: VAE stride (4, 8, 8) with a first frame of its own, patches of (1, 2, 2)."""
+    if frames % 4 != 1 or height % 16 or width % 16:
+        raise UserError(
+            f"{frames} frames of {height}x{width} don't fit the model: frames must be 4k + 1, height and width "
+            "multiples of 16"
+        )
+    return ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
+
+
+def features(head_dim: int, attention: Attention) -> int:
+    """Returns F, the number of features of one head."""
+    return {"poly": attention.degree, "elu": 1, "hedgehog": 2}[attention.feature_map] * head_dim
+
+
+def phi_params(shape: Shape, attention: Attention) -> int:
+    """Returns the parameters, biases included, of ONE feature map over all heads; a converted block has two."""
+    weights, biases = _phi_sizes(shape, attention)
+    return weights + biases
+
+
+def phi_flops(shape: Shape, attention: Attention) -> int:
+    """Returns the FLOPs of ONE feature map on all N tokens: 2 per weight and 1 per bias and token."""
+    weights, biases = _phi_sizes(shape, attention)
+    return shape.tokens * (2 * weights + biases)
+
+
+def attention_flops(shape: Shape, attention: Attention) -> int:
+    """Returns the FLOPs of the self-attention core: softmax part, both feature maps, linear part; no q, k, v, o."""
+    n, d = shape.tokens, shape.dim
+    if attention.is_softmax:
+        return 4 * n * n * d
+    keys = math.ceil(n / attention.rate) if attention.kind == "hybrid" else 0
+    state = 2 * n * features(shape.head_dim, attention) * d
+    return 4 * n * keys * d + 2 * phi_flops(shape, attention) + 2 * state
+
+
+def self_attention_flops(shape: Shape, attention: Attention) -> int:
+    """Returns the FLOPs of self-attention with its q, k, v and o projections."""
+    return 8 * shape.tokens * shape.dim**2 + attention_flops(shape, attention)
+
+
+def block_flops(shape: Shape, attention: Attention) -> int:
+    """Returns the FLOPs of one block: self-attention, cross-attention (k, v over the text) and feed-forward."""
+    n, m, d = shape.tokens, shape.text_tokens, shape.dim
+    cross = 4 * n * d**2 + 4 * m * d**2 + 4 * n * m * d
+    return self_attention_flops(shape, attention) + cross + 4 * n * d * shape.ffn
+
+
+def model_flops(shape: Shape, attentions: Sequence[Attention]) -> int:
+    """Returns the FLOPs of all blocks, one `Attention` each."""
+    if len(attentions) != shape.blocks:
+        raise UserError(f"got the attention of {len(attentions)} blocks for a model of {shape.blocks}")
+    return sum(block_flops(shape, a) for a in attentions)
+
+
+def parse_option(label: str, feature_map: str = "poly", degree: int = 2, layers: int = 2) -> Attention:
+    """Returns the attention of a label: "R1" is softmax, "R4" a hybrid of rate 4, "Linear" has no softmax."""
+    if label == "Linear":
+        return Attention("linear", 1, feature_map, degree, layers)
+    match = re.fullmatch(r"R([1-9]\d*)", label)
+    if not match:
+        raise UserError(f"unknown rate {label!r}; write R1 (softmax), R2, R4, R8, ... or Linear")
+    rate = int(match[1])
+    return Attention("softmax" if rate == 1 else "hybrid", rate, feature_map, degree, layers)
+
+
+def cost_table(shape: Shape, labels: Sequence[str], **feature_map) -> dict[str, int]:
+    """Returns {label: FLOPs of one block}, for the knapsack and for `named_budget`.
+
+    Args:
+        shape: of the model and video.
+        labels: as `parse_option` reads them.
+        **feature_map: feature_map, degree, layers of `parse_option`.
+    """
+    return {label: block_flops(shape, parse_option(label, **feature_map)) for label in labels}
+
+
+def named_budget(name: str, costs: Mapping[str, float | int], blocks: int) -> float | int:
+    """Returns the compute a name such as "15R4" stands for: 15 blocks converted at R = 4, the rest softmax.
+
+    Args:
+        name: number of converted blocks and their rate, "15R4" or "15Linear".
+        costs: cost of one block per label, with "R1"; FLOPs (`cost_table`) or measured times.
+        blocks: number of blocks of the model.
+    """
+    count, label = parse_name(name)
+    if count > blocks:
+        raise UserError(f"{name} converts {count} blocks, but the model has {blocks}")
+    for needed in (label, "R1"):
+        if needed not in costs:
+            raise UserError(f"{name} needs the cost of {needed}; the table has {', '.join(costs)}")
+    terms = [costs[label]] * count + [costs["R1"]] * (blocks - count)
+    # The knapsack's own sums: exact for integers, correctly rounded for floats, so the named model fits its budget.
+    return sum(terms) if all(isinstance(t, int) for t in terms) else math.fsum(terms)
+
+
+def parse_name(name: str) -> tuple[int, str]:
+    """Returns (converted blocks, label of their rate) of a name such as "15R4" or "15Linear"."""
+    match = re.fullmatch(r"(\d+)(R[1-9]\d*|Linear)", name)
+    if not match:
+        raise UserError(f"can't read {name!r}: write converted blocks and their rate, like 15R4 or 15Linear")
+    return int(match[1]), match[2]
+
+
+def _phi_sizes(shape: Shape, attention: Attention) -> tuple[int, int]:
+    """Returns (weights, biases) of one feature map over all heads."""
+    d = shape.head_dim
+    if attention.feature_map == "elu":
+        return 0, 0
+    if attention.feature_map == "hedgehog":  # D -> D; softmax over [x, -x] doubles the features without parameters
+        return shape.heads * d * d, shape.heads * d
+    f = features(d, attention)
+    return shape.heads * (d * f + (attention.layers - 1) * f * f), shape.heads * attention.layers * f
