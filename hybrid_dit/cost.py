@@ -80,6 +80,12 @@ class Attention:
         if min(self.rate, self.degree, self.layers) < 1:
             raise UserError(f"rate, degree and layers must be at least 1, got {self}")
 
+    @classmethod
+    def from_spec(cls, spec) -> "Attention":
+        """Returns the cost side of a `hybrid_dit.ops.AttentionSpec` (the token pattern and c_i don't cost)."""
+        phi = spec.feature_map
+        return cls(spec.kind, spec.rate, phi.kind, phi.degree, phi.layers)
+
     @property
     def is_softmax(self) -> bool:
         """Whether no token is left to the linear part."""
@@ -155,15 +161,14 @@ def model_flops(shape: Shape, attentions: Sequence[Attention]) -> int:
     return sum(block_flops(shape, a) for a in attentions)
 
 
-def parse_option(label: str, feature_map: str = "poly", degree: int = 2, layers: int = 2) -> Attention:
-    """Returns the attention of a label: "R1" is softmax, "R4" a hybrid of rate 4, "Linear" has no softmax."""
-    if label == "Linear":
-        return Attention("linear", 1, feature_map, degree, layers)
+def parse_label(label: str, feature_map: str = "poly", degree: int = 2, layers: int = 2) -> Attention:
+    """Returns the attention of a label: "softmax" (or R1), "R2", "R4", ... (hybrids), or "linear"."""
+    if label in ("softmax", "linear"):
+        return Attention(label, 1, feature_map, degree, layers)
     match = re.fullmatch(r"R([1-9]\d*)", label)
     if not match:
-        raise UserError(f"unknown rate {label!r}; write R1 (softmax), R2, R4, R8, ... or Linear")
-    rate = int(match[1])
-    return Attention("softmax" if rate == 1 else "hybrid", rate, feature_map, degree, layers)
+        raise UserError(f"unknown attention {label!r}; write softmax, R2, R4, R8, ... or linear")
+    return Attention("hybrid", int(match[1]), feature_map, degree, layers)
 
 
 def cost_table(shape: Shape, labels: Sequence[str], **feature_map) -> dict[str, int]:
@@ -171,37 +176,37 @@ def cost_table(shape: Shape, labels: Sequence[str], **feature_map) -> dict[str, 
 
     Args:
         shape: of the model and video.
-        labels: as `parse_option` reads them.
-        **feature_map: feature_map, degree, layers of `parse_option`.
+        labels: as `parse_label` reads them.
+        **feature_map: feature_map, degree, layers of `parse_label`.
     """
-    return {label: block_flops(shape, parse_option(label, **feature_map)) for label in labels}
+    return {label: block_flops(shape, parse_label(label, **feature_map)) for label in labels}
 
 
 def named_budget(name: str, costs: Mapping[str, float | int], blocks: int) -> float | int:
     """Returns the compute a name such as "15R4" stands for: 15 blocks converted at R = 4, the rest softmax.
 
     Args:
-        name: number of converted blocks and their rate, "15R4" or "15Linear".
-        costs: cost of one block per label, with "R1"; FLOPs (`cost_table`) or measured times.
+        name: number of converted blocks and their rate, "15R4" or "15 Linear".
+        costs: cost of one block per label, among them "softmax"; FLOPs (`cost_table`) or measured times.
         blocks: number of blocks of the model.
     """
     count, label = parse_name(name)
     if count > blocks:
         raise UserError(f"{name} converts {count} blocks, but the model has {blocks}")
-    for needed in (label, "R1"):
+    for needed in (label, "softmax"):
         if needed not in costs:
             raise UserError(f"{name} needs the cost of {needed}; the table has {', '.join(costs)}")
-    terms = [costs[label]] * count + [costs["R1"]] * (blocks - count)
+    terms = [costs[label]] * count + [costs["softmax"]] * (blocks - count)
     # The knapsack's own sums: exact for integers, correctly rounded for floats, so the named model fits its budget.
     return sum(terms) if all(isinstance(t, int) for t in terms) else math.fsum(terms)
 
 
 def parse_name(name: str) -> tuple[int, str]:
-    """Returns (converted blocks, label of their rate) of a name such as "15R4" or "15Linear"."""
-    match = re.fullmatch(r"(\d+)(R[1-9]\d*|Linear)", name)
+    """Returns (converted blocks, label of their attention) of a name such as "15R4" or "15 Linear"."""
+    match = re.fullmatch(r"(\d+)(?:(R[1-9]\d*)| ?[Ll]inear)", name)
     if not match:
-        raise UserError(f"can't read {name!r}: write converted blocks and their rate, like 15R4 or 15Linear")
-    return int(match[1]), match[2]
+        raise UserError(f"can't read {name!r}: write converted blocks and their rate, like 15R4 or 15 Linear")
+    return int(match[1]), match[2] or "linear"
 
 
 def _phi_sizes(shape: Shape, attention: Attention) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import pytest
 from hybrid_dit import cost, knapsack
 from hybrid_dit.cost import SOFTMAX, Attention
 from hybrid_dit.errors import UserError
+from hybrid_dit.ops.spec import FeatureMapSpec, from_label
 
 HD = cost.wan_1_3b(32_760)  # 480x832, 81 frames
 TINY = cost.Shape(dim=6, heads=2, ffn=10, blocks=3, tokens=7, text_tokens=5)
@@ -47,7 +48,7 @@ def test_feature_map_of_the_paper(degree, layers, millions, gigaflops):
 )
 def test_speedups_in_flops(tokens, core, block):
     shape = cost.wan_1_3b(tokens)
-    hybrids = [cost.parse_option(label) for label in ("R2", "R4", "R8")]
+    hybrids = [cost.parse_label(label) for label in ("R2", "R4", "R8")]
     for function, expected in ((cost.attention_flops, core), (cost.block_flops, block)):
         assert [f"{function(shape, SOFTMAX) / function(shape, h):.2f}" for h in hybrids] == expected
 
@@ -55,8 +56,8 @@ def test_speedups_in_flops(tokens, core, block):
 @pytest.mark.parametrize("name,saved", [("15R2", 21), ("15R4", 33), ("15R8", 39), ("20R8", 51)])
 def test_self_attention_saved_over_the_model(name, saved):
     _, label = cost.parse_name(name)
-    costs = {key: cost.self_attention_flops(HD, cost.parse_option(key)) for key in ("R1", label)}
-    assert round(100 * (1 - cost.named_budget(name, costs, 30) / (30 * costs["R1"]))) == saved
+    costs = {key: cost.self_attention_flops(HD, cost.parse_label(key)) for key in ("softmax", label)}
+    assert round(100 * (1 - cost.named_budget(name, costs, 30) / (30 * costs["softmax"]))) == saved
 
 
 def test_share_of_self_attention_in_a_block():
@@ -89,7 +90,21 @@ def test_linear_is_the_hybrid_without_softmax_keys():
 
 def test_rate_one_is_plain_softmax():
     assert cost.attention_flops(TINY, Attention("hybrid", 1)) == cost.attention_flops(TINY, SOFTMAX) == 4 * 7 * 7 * 6
-    assert cost.parse_option("R1").kind == "softmax"
+    assert cost.attention_flops(TINY, cost.parse_label("R1")) == 4 * 7 * 7 * 6
+
+
+def test_names_of_the_paper():
+    assert [cost.parse_name(n) for n in ("15R4", "20R8", "15 Linear", "3linear")] == [
+        (15, "R4"), (20, "R8"), (15, "linear"), (3, "linear"),
+    ]  # fmt: skip
+    assert cost.parse_label("linear") == Attention("linear")
+    assert cost.parse_label("R8", degree=3) == Attention("hybrid", 8, degree=3)
+
+
+def test_labels_and_specs_of_the_ops_are_understood():
+    for label in ("softmax", "R2", "R8", "linear"):
+        spec = from_label(label, feature_map=FeatureMapSpec("poly", 4, 3))
+        assert Attention.from_spec(spec) == cost.parse_label(spec.label, degree=4, layers=3)
 
 
 def test_parameter_free_and_single_layer_maps():
@@ -108,9 +123,9 @@ def test_model_is_the_sum_of_its_blocks():
 
 
 def test_named_budget_is_the_compute_of_that_homogeneous_model():
-    labels = ["R1", "R2", "R4", "R8"]
+    labels = ["softmax", "R2", "R4", "R8"]
     table = cost.cost_table(HD, labels)
-    hybrid = cost.parse_option("R4")
+    hybrid = cost.parse_label("R4")
     assert cost.named_budget("15R4", table, 30) == cost.model_flops(HD, [hybrid] * 15 + [SOFTMAX] * 15)
     # In measured times too, the homogeneous model must be a feasible point of the knapsack at its own budget.
     times = dict(zip(labels, (11.4, 7.6, 4.7, 3.6)))
@@ -123,8 +138,8 @@ def test_named_budget_is_the_compute_of_that_homogeneous_model():
 
 
 def test_feature_map_options_reach_the_table():
-    small, large = (cost.cost_table(HD, ["R4", "Linear"], degree=d, layers=3) for d in (2, 6))
-    assert small["R4"] < large["R4"] and small["Linear"] < large["Linear"]
+    small, large = (cost.cost_table(HD, ["R4", "linear"], degree=d, layers=3) for d in (2, 6))
+    assert small["R4"] < large["R4"] and small["linear"] < large["linear"]
 
 
 def test_large_model_is_named_by_its_size():
@@ -137,11 +152,11 @@ def test_large_model_is_named_by_its_size():
 @pytest.mark.parametrize(
     "make,message",
     [
-        (lambda: cost.parse_option("4"), "unknown rate '4'"),
-        (lambda: cost.parse_option("R0"), "unknown rate"),
+        (lambda: cost.parse_label("4"), "unknown attention '4'"),
+        (lambda: cost.parse_label("R0"), "unknown attention"),
         (lambda: cost.parse_name("R4"), "like 15R4"),
-        (lambda: cost.named_budget("31R4", {"R1": 1, "R4": 1}, 30), "converts 31 blocks"),
-        (lambda: cost.named_budget("5R3", {"R1": 1, "R4": 1}, 30), "needs the cost of R3; the table has R1, R4"),
+        (lambda: cost.named_budget("31R4", {"softmax": 1, "R4": 1}, 30), "converts 31 blocks"),
+        (lambda: cost.named_budget("5R3", {"softmax": 1, "R4": 1}, 30), "needs the cost of R3; the table has softmax, R4"),
         (lambda: Attention("sparse"), "choose one of softmax, hybrid, linear"),
         (lambda: Attention("hybrid", 2, feature_map="relu"), "choose one of poly, elu, hedgehog"),
         (lambda: Attention("hybrid", 0), "at least 1"),

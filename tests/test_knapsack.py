@@ -170,7 +170,7 @@ def test_pareto_points_are_the_efficient_ones():
         {p for p in everything if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in everything)}
     )
     # Integer costs: one budget per unit finds the whole front.
-    span = efficient[-1][0] - efficient[0][0]
+    span = int(efficient[-1][0] - efficient[0][0])
     assert len(efficient) == 10
     assert [(s.cost, s.error) for s in knapsack.pareto(errors, costs, points=span + 1)] == efficient
 
