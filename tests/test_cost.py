@@ -156,7 +156,7 @@ def test_large_model_is_named_by_its_size():
         (lambda: cost.parse_label("R0"), "unknown attention"),
         (lambda: cost.parse_name("R4"), "like 15R4"),
         (lambda: cost.named_budget("31R4", {"softmax": 1, "R4": 1}, 30), "converts 31 blocks"),
-        (lambda: cost.named_budget("5R3", {"softmax": 1, "R4": 1}, 30), "needs the cost of R3; the table has softmax, R4"),
+        (lambda: cost.named_budget("5R3", {"softmax": 1, "R4": 1}, 30), "cost of R3; the table has softmax, R4"),
         (lambda: Attention("sparse"), "choose one of softmax, hybrid, linear"),
         (lambda: Attention("hybrid", 2, feature_map="relu"), "choose one of poly, elu, hedgehog"),
         (lambda: Attention("hybrid", 0), "at least 1"),

@@ -101,6 +101,15 @@ def test_budget_is_compared_with_the_correctly_rounded_sum():
         solve([[1.0]] * 3, costs, math.nextafter(0.6, 0))
 
 
+def test_last_bits_of_the_budget():
+    # Totals near 1: the fixed-point step is 2^-60, and 1 + 128 steps is where float64 stops rounding down to 1.
+    step = 2.0**-60
+    # 127.8 steps in all, but 43 each after rounding to the step: must not be lost to that rounding.
+    assert solve([[1.0]] * 4, [[1.0]] + [[42.6 * step]] * 3, 1.0).cost == 1.0
+    # 129 steps are over, by less than the room left for rounding of inputs: must not be let in.
+    assert solve([[0.0, 0.0], [1.0, 0.0]], [[1.0, 1.0], [0.0, 129 * step]], 1.0).choice.tolist() == [0, 0]
+
+
 def test_integers_beyond_float64_are_exact():
     errors = [[5, 0], [9, 0]]
     costs = [[0, 2**60], [2**58, 2**58 + 1]]  # the options of block 1 are one number in float64
