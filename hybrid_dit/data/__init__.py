@@ -1,0 +1,1 @@
+"""Data: the moving-shapes world and readers of latent sets."""
