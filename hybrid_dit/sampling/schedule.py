@@ -1,7 +1,7 @@
 """Noise levels of Wan's flow: x_s = (1 - s) x_0 + s eps, from s near 1 (noise) down to s = 0 (data).
 
-All schedules space levels evenly and bend them by `shift_sigma`; they differ in the two ends. With the shift of a model
-(3 at 480p, 5 at 720p) they are, to the last bit, those of the implementations named below, timesteps included.
+All schedules space levels evenly and bend them by `shift_sigma`; they differ in the two ends. They are, to the last
+bit, those of the diffusers schedulers named below, timesteps included.
 """
 
 import dataclasses
@@ -44,7 +44,10 @@ def unipc_schedule(num_steps: int, shift: float) -> Schedule:
 
 
 def wan_schedule(num_steps: int, shift: float) -> Schedule:
-    """The schedule of Wan's own samplers (`wan/utils/fm_solvers*.py`) and diffusers' `DPMSolverMultistepScheduler`."""
+    """The schedule of diffusers' `DPMSolverMultistepScheduler(use_flow_sigmas=True)`, which is that of Wan's own UniPC.
+
+    Wan's `wan/utils/fm_solvers_unipc.py` starts from 0.999 rounded to float32, hence sigmas equal within 1e-7.
+    """
     sigmas = 1 - np.linspace(1, 1 / TRAIN_STEPS, num_steps + 1)
     return _whole_timesteps(shift_sigma(sigmas, shift)[:0:-1])
 
