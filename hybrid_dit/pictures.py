@@ -1,0 +1,211 @@
+"""Pictures of a run as PNG files: error table, cost against error, training curves, and frames of videos side by side.
+
+matplotlib is imported when a picture is drawn (it takes a second), through its object interface only, so that nothing
+global is changed; every file is written atomically.
+"""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hybrid_dit.cost import parse_name
+from hybrid_dit.errors import UserError
+from hybrid_dit.video_io import replacing
+
+_DPI = 110
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe-Ito: colour-blind safe
+
+
+def error_heatmap(
+    path: str | Path, errors: ArrayLike, labels: Sequence[str], choice: ArrayLike | None = None, title: str = ""
+) -> None:
+    """Draws the distillation error of every block (columns) at every rate (rows), with the chosen cells framed.
+
+    Args:
+        path: PNG file.
+        errors: [B, R], finite.
+        labels: name of each rate.
+        choice: chosen rate index of each block, [B]; None frames nothing.
+        title: of the picture.
+    """
+    from matplotlib.patches import Rectangle
+
+    errors = np.asarray(errors, np.float64)
+    if errors.ndim != 2 or errors.shape[1] != len(labels) or not np.isfinite(errors).all():
+        raise UserError(f"errors must be a finite table [blocks, {len(labels)} rates], got {list(errors.shape)}")
+    blocks, rates = errors.shape
+    figure = _figure(max(5.0, 2.2 + 0.46 * blocks), 1.5 + 0.42 * rates)
+    axes = figure.add_subplot()
+    image = axes.imshow(errors.T, aspect="auto", cmap="YlOrRd", vmin=min(0.0, errors.min()), vmax=errors.max() or 1.0)
+    middle = (image.norm.vmin + image.norm.vmax) / 2
+    for b, r in np.ndindex(blocks, rates):
+        colour = "white" if errors[b, r] > middle * 1.2 else "black"
+        axes.text(b, r, _short(errors[b, r]), ha="center", va="center", fontsize=7.5, color=colour)
+    if choice is not None:
+        for b, r in enumerate(np.asarray(choice)):
+            axes.add_patch(Rectangle((b - 0.46, r - 0.44), 0.92, 0.88, fill=False, edgecolor=_COLOURS[0], lw=2.5))
+        title = f"{title}   (framed: chosen rate)".strip()
+    axes.set_xticks(range(blocks))
+    axes.set_yticks(range(rates), labels, parse_math=False)
+    axes.tick_params(length=0)
+    axes.set(xlabel="block", ylabel="attention")
+    figure.colorbar(image, ax=axes, pad=0.01, label="error vs softmax")
+    _save(figure, path, title)
+
+
+def pareto_plot(
+    path: str | Path,
+    points: Sequence[tuple[float, float]],
+    homogeneous: Mapping[str, tuple[float, float]] | None = None,
+    chosen: tuple[float, float] | None = None,
+    cost_label: str = "cost (FLOPs)",
+    title: str = "",
+) -> None:
+    """Draws total error against total cost: the efficient selections as a line, homogeneous models by rate.
+
+    Args:
+        path: PNG file.
+        points: (cost, error) of efficient selections (`hybrid_dit.knapsack.pareto`).
+        homogeneous: {name as `hybrid_dit.cost.parse_name` reads it, "15R4": (cost, error)}.
+        chosen: (cost, error) of the selection in use.
+        cost_label: what cost is, and its unit.
+        title: of the picture.
+    """
+    if not len(points):
+        raise UserError("there are no efficient points to draw")
+    figure = _figure(7.5, 5.0)
+    axes = figure.add_subplot()
+    cost, error = np.asarray(sorted(points), np.float64).T
+    axes.plot(cost, error, "-o", color=_COLOURS[0], ms=3.5, lw=1.5, label="efficient (rate per block)")
+    rates: dict[str, list[tuple[int, float, float]]] = {}
+    for name, spot in (homogeneous or {}).items():
+        count, label = parse_name(name)
+        rates.setdefault(label, []).append((count, *spot))
+    for i, (label, spots) in enumerate(rates.items()):
+        counts, *xy = zip(*sorted(spots))
+        colour = _COLOURS[1 + i % (len(_COLOURS) - 1)]
+        axes.plot(*xy, "o:", color=colour, ms=13, mec="white", lw=1, label=f"{label} only (number: converted blocks)")
+        for count, *spot in zip(counts, *xy):
+            axes.text(*spot, str(count), fontsize=7.5, color="white", weight="bold", ha="center", va="center_baseline")
+    if chosen is not None:
+        # An arrow from below, where nothing else can be: the model it competes with is often just above.
+        arrow = {"arrowstyle": "-|>", "color": "black"}
+        axes.annotate("chosen", chosen, (-55, -32), textcoords="offset points", weight="bold", arrowprops=arrow)
+    axes.set(xlabel=cost_label, ylabel="sum of errors vs softmax")
+    axes.margins(0.08)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, markerscale=0.7)
+    _save(figure, path, title)
+
+
+def loss_curves(
+    path: str | Path,
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    log: bool = True,
+    value_label: str = "loss",
+    title: str = "",
+) -> None:
+    """Draws curves over training steps, one per name.
+
+    Args:
+        path: PNG file.
+        curves: {name: (steps [n], values [n])}.
+        log: logarithmic values; points that are not positive and finite are left out then.
+        value_label: what is drawn, and its unit if it has one.
+        title: of the picture.
+    """
+    figure = _figure(7.5, 4.5)
+    axes = figure.add_subplot()
+    for i, (name, (steps, values)) in enumerate(curves.items()):
+        steps, values = np.asarray(steps), np.asarray(values, np.float64)
+        if steps.shape != values.shape or steps.ndim != 1:
+            raise UserError(f"curve {name}: {list(steps.shape)} steps, but {list(values.shape)} values")
+        shown = np.isfinite(values) & ((values > 0) | (not log))
+        style = ("-", "--", ":")[i // len(_COLOURS) % 3]
+        marker = "o" if shown.sum() < 30 else ""
+        colour = _COLOURS[i % len(_COLOURS)]
+        axes.plot(steps[shown], values[shown], style, color=colour, marker=marker, ms=3, lw=1.4, label=_plain(name))
+    if log:
+        axes.set_yscale("log")
+    axes.set(xlabel="training step", ylabel=value_label)
+    axes.grid(alpha=0.3, which="both" if log else "major")
+    if curves:
+        # Beside the axes, since a curve may be anywhere in them.
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=math.ceil(len(curves) / 20))
+    _save(figure, path, title)
+
+
+def contact_sheet(
+    path: str | Path, videos: Mapping[str, np.ndarray], frames: int = 6, title: str = "", fps: int | float | None = None
+) -> None:
+    """Draws variants as rows and evenly spaced frames (first and last included) as columns.
+
+    Args:
+        path: PNG file.
+        videos: {variant: uint8 [t, y, x, 3]}; lengths and sizes may differ.
+        frames: columns.
+        title: the prompt.
+        fps: adds the time of each frame to its number.
+    """
+    if not videos:
+        raise UserError("there are no videos for the contact sheet")
+    for name, video in videos.items():
+        if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
+            raise UserError(
+                f"contact sheet, {name}: a video is uint8 [frames, height, width, 3], got {video.dtype} "
+                f"{list(video.shape)}"
+            )
+    columns = max(1, min(frames, max(len(video) for video in videos.values())))
+    width = min(2.4, max(1.3, 15.0 / columns))  # of a cell in inches
+    lengths = [len(video) for video in videos.values()]
+    captioned = [n != before for n, before in zip(lengths, [None, *lengths])]  # rows whose frame numbers are news
+    heights = [width * v.shape[1] / v.shape[2] + 0.05 + 0.2 * c for v, c in zip(videos.values(), captioned)]
+    figure = _figure(width * columns + 1.3, sum(heights) + 0.7)
+    grid = figure.add_gridspec(len(videos), columns, height_ratios=heights)
+    for row, (name, video) in enumerate(videos.items()):
+        small = video.shape[2] < width * _DPI  # keep the pixels of small videos visible; smooth large ones
+        for column, t in enumerate(np.round(np.linspace(0, len(video) - 1, columns)).astype(int)):
+            axes = figure.add_subplot(grid[row, column])
+            axes.imshow(video[t], interpolation="nearest" if small else "antialiased")
+            axes.set(xticks=[], yticks=[])
+            time = "" if fps is None else f" · {t / fps:.2f} s"
+            axes.set_title(f"frame {t}{time}" if captioned[row] else "", fontsize=8, pad=2)
+            if column == 0:
+                text = "\n".join(textwrap.wrap(name, 14)) or name
+                axes.set_ylabel(text, rotation=0, ha="right", va="center", labelpad=8, fontsize=10, parse_math=False)
+    _save(figure, path, title)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
+
+
+def _save(figure, path: str | Path, title: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path = Path(path)
+    if path.suffix != ".png":
+        raise UserError(f"can't write a picture to {path}: the name must end in .png")
+    if title:
+        characters = int(figure.get_figwidth() * 10.5)  # what a line of 12 pt holds
+        figure.suptitle("\n".join(textwrap.wrap(title, characters)), fontsize=12, parse_math=False)
+    FigureCanvasAgg(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=_DPI)
+
+
+def _short(value: float) -> str:
+    """Returns a number in at most five characters where possible."""
+    return "0" if value == 0 else f"{value:.2g}" if abs(value) >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def _plain(text: str) -> str:
+    """Returns a legend entry that matplotlib neither hides (leading underscore) nor reads as mathematics."""
+    return text.replace("$", r"\$").lstrip("_")
