@@ -17,6 +17,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 from hybrid_dit.errors import UserError
 
@@ -182,7 +183,7 @@ def cost_table(shape: Shape, labels: Sequence[str], **feature_map) -> dict[str, 
     return {label: block_flops(shape, parse_label(label, **feature_map)) for label in labels}
 
 
-def named_budget(name: str, costs: Mapping[str, float | int], blocks: int) -> float | int:
+def named_budget(name: str, costs: Mapping[str, Real], blocks: int) -> float | int:
     """Returns the compute a name such as "15R4" stands for: 15 blocks converted at R = 4, the rest softmax.
 
     Args:

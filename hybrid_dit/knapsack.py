@@ -16,8 +16,8 @@ keep the front small and the answer exact:
 
 import dataclasses
 import math
-import numbers
 from fractions import Fraction
+from numbers import Real
 
 import numpy as np
 from jaxtyping import Int
@@ -44,7 +44,7 @@ class Selection:
     cost: float | int
 
 
-def solve(errors: ArrayLike, costs: ArrayLike, budget: numbers.Real) -> Selection:
+def solve(errors: ArrayLike, costs: ArrayLike, budget: Real) -> Selection:
     """Returns the choice of least total error within the budget (Stage 2 of the paper, its integer programme).
 
     Feasible means: the correctly rounded sum of the chosen costs (math.fsum; exact for integers) is <= budget, so that
@@ -102,7 +102,7 @@ def homogeneous(errors: ArrayLike, costs: ArrayLike, rate: int, keep: int, count
     return _selection(errors, costs, choice)
 
 
-def homogeneous_within(errors: ArrayLike, costs: ArrayLike, rate: int, keep: int, budget: numbers.Real) -> Selection:
+def homogeneous_within(errors: ArrayLike, costs: ArrayLike, rate: int, keep: int, budget: Real) -> Selection:
     """Like `homogeneous` with the fewest converted blocks whose total cost is within the budget."""
     for count in range(len(_checked(errors, costs)[0]) + 1):
         selection = homogeneous(errors, costs, rate, keep, count)
@@ -178,7 +178,7 @@ def _fixed_point(values: np.ndarray) -> tuple[np.ndarray, int]:
     return np.rint(np.ldexp(values, scale)).astype(np.int64), scale
 
 
-def _fixed_limit(costs: np.ndarray, budget: numbers.Real, scale: int) -> int:
+def _fixed_limit(costs: np.ndarray, budget: Real, scale: int) -> int:
     """Returns the largest fixed-point cost that may be within the budget."""
     if np.issubdtype(costs.dtype, np.integer) and scale == 0:
         limit = math.floor(budget)

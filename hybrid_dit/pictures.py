@@ -7,6 +7,7 @@ global is changed; every file is written atomically.
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +60,9 @@ def error_heatmap(
 
 def pareto_plot(
     path: str | Path,
-    points: Sequence[tuple[float, float]],
-    homogeneous: Mapping[str, tuple[float, float]] | None = None,
-    chosen: tuple[float, float] | None = None,
+    points: Sequence[tuple[Real, Real]],
+    homogeneous: Mapping[str, tuple[Real, Real]] | None = None,
+    chosen: tuple[Real, Real] | None = None,
     cost_label: str = "cost (FLOPs)",
     title: str = "",
 ) -> None:
@@ -81,7 +82,7 @@ def pareto_plot(
     axes = figure.add_subplot()
     cost, error = np.asarray(sorted(points), np.float64).T
     axes.plot(cost, error, "-o", color=_COLOURS[0], ms=3.5, lw=1.5, label="efficient (rate per block)")
-    rates: dict[str, list[tuple[int, float, float]]] = {}
+    rates: dict[str, list[tuple[int, Real, Real]]] = {}
     for name, spot in (homogeneous or {}).items():
         count, label = parse_name(name)
         rates.setdefault(label, []).append((count, *spot))

@@ -13,7 +13,7 @@ from hybrid_dit.errors import UserError
 
 ERRORS = np.array([[0, 0.1, 0.3], [0, 0.2, 0.05], [0, 2e-5, 0.4], [0, 0.03, 0.06]])
 LABELS = ["softmax", "R2", "R8"]
-POINTS = [(10.0, 0.0), (8.0, 0.1), (5.0, 0.5)]
+POINTS = [(10, 0.0), (8, 0.1), (5, 0.5)]  # costs may be integers
 
 
 def _read(path):
@@ -59,7 +59,7 @@ def test_error_heatmap_of_zeros(tmp_path):
 
 def test_pareto_plot_shows_every_kind_of_point(tmp_path):
     full = (POINTS, {"2R4": (9.0, 0.3), "3R4": (8.0, 0.4), "2linear": (7.0, 0.45)}, (8.0, 0.1))
-    for poorer in (([*POINTS[:2], (5.0, 0.45)], *full[1:]), (POINTS, {"2R4": (9.0, 0.3)}, full[2]), (*full[:2], None)):
+    for poorer in (([*POINTS[:2], (5, 0.45)], *full[1:]), (POINTS, {"2R4": (9.0, 0.3)}, full[2]), (*full[:2], None)):
         assert _differs(pictures.pareto_plot, tmp_path, full, poorer) > 1e-4
 
 
