@@ -135,12 +135,15 @@ def load_pipeline(folder: str | Path) -> Pipeline:
 
 
 def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "bfloat16") -> None:
-    """Writes a folder that `diffusers.WanPipeline.from_pretrained` and `load_pipeline` read, whole or not at all."""
+    """Writes a folder that `diffusers.WanPipeline.from_pretrained` and `load_pipeline` read, whole or not at all.
+
+    The text encoder is stored in float32: transformers computes in the dtype it finds.
+    """
     with atomic_path(folder) as temporary:
         save_transformer(temporary / "transformer", pipeline.wan, pipeline.attention, pipeline.dit, dtype)
         _save(temporary / "vae" / DIFFUSERS_FILE, vae_keys.diffusers_rules(pipeline.vae), pipeline.vae_params, dtype)
         write_json(temporary / "vae" / "config.json", pipeline.vae.to_diffusers())
-        _save(temporary / "text_encoder" / "model.safetensors", umt5_keys.hf_rules(), pipeline.text_params, dtype)
+        _save(temporary / "text_encoder" / "model.safetensors", umt5_keys.hf_rules(), pipeline.text_params, "float32")
         write_json(temporary / "text_encoder" / "config.json", pipeline.text.to_hf())
         shutil.copytree(pipeline.folder / "tokenizer", temporary / "tokenizer")
         write_json(temporary / "scheduler" / "scheduler_config.json", _scheduler_config(pipeline.shift))
