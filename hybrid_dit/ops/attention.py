@@ -71,15 +71,17 @@ def linear_part(
 
     The state Σ φ_k(k_j)ᵀ v_j is F×D per head; nothing here grows with N².
     """
-    phi_q = feature_maps.apply(phi["q"], q, spec.feature_map)
-    phi_k = feature_maps.apply(phi["k"], k, spec.feature_map)
-    if spec.kind == "hybrid":
-        keep = jnp.asarray(linear_mask(grid, spec.rate, spec.pattern), phi_k.dtype)
-        phi_k = phi_k * keep[:, None, None]
-    state = jnp.einsum("bnhf,bnhd->bhfd", phi_k, v, preferred_element_type=jnp.float32)
-    normaliser = phi_k.astype(jnp.float32).sum(axis=1)
+    head_first, head_last = feature_maps.head_first, feature_maps.head_last
+    phi_q = head_first(feature_maps.apply(phi["q"], q, spec.feature_map))
+    phi_k = head_first(feature_maps.apply(phi["k"], k, spec.feature_map))
+    keep = linear_mask(grid, spec.rate, spec.pattern) if spec.kind == "hybrid" else jnp.ones(q.shape[1])
+    keep = jnp.asarray(keep, v.dtype)
+    state = jnp.einsum("hbnf,hbnd->hbfd", phi_k, head_first(v) * keep[:, None], preferred_element_type=jnp.float32)
+    normaliser = jnp.einsum("hbnf,n->hbf", phi_k, keep, preferred_element_type=jnp.float32)
     phi_q = phi_q.astype(jnp.float32)
-    return jnp.einsum("bnhf,bhfd->bnhd", phi_q, state), jnp.einsum("bnhf,bhf->bnh", phi_q, normaliser)
+    numerator = jnp.einsum("hbnf,hbfd->hbnd", phi_q, state)
+    denominator = jnp.einsum("hbnf,hbf->hbn", phi_q, normaliser)
+    return head_last(numerator), head_last(denominator)
 
 
 def combine(softmax_sums_: tuple[Array, Array], linear_sums: tuple[Array, Array]) -> Float[Array, "b n h d"]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybrid_dit.array_typing import Array, Float, PyTree
 from hybrid_dit.errors import UserError
@@ -45,10 +46,20 @@ def _entry(spec: FeatureMapSpec) -> FeatureMap:
     return FEATURE_MAPS[spec.kind]
 
 
+def head_first(x: Array) -> Array:
+    """[b, n, h, ...] -> [h, b, n, ...], the layout in which products per head need no copies in between."""
+    return jnp.moveaxis(x, 2, 0)
+
+
+def head_last(x: Array) -> Array:
+    """Inverse of `head_first`; XLA cancels one that follows the other."""
+    return jnp.moveaxis(x, 0, 2)
+
+
 def _dense(x: Array, kernel: Array, bias: Array) -> Array:
-    """x [b, n, h, i] times a kernel [h, i, o] per head, float32 out."""
-    y = jnp.einsum("bnhi,hio->bnho", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-    return y + bias.astype(jnp.float32)
+    """x [h, b, n, i] times a kernel [h, i, o] per head, float32 out."""
+    y = jnp.einsum("hbni,hio->hbno", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return y + bias.astype(jnp.float32)[:, None, None]
 
 
 def _poly_init(key, heads, head_dim, spec):
@@ -63,13 +74,18 @@ def _poly_init(key, heads, head_dim, spec):
 
 def _poly_apply(params, x, spec):
     """Paper: φ(x) = [ψ_1(x)^1, ..., ψ_P(x)^P], ψ = a per-head MLP with softplus at its end (our reading)."""
-    y = x
+    y = head_first(x)
     for i in range(spec.layers):
         if i > 0:
             y = jax.nn.gelu(y).astype(x.dtype)
         y = _dense(y, params[f"w{i}"], params[f"b{i}"])
-    slices = jnp.split(jax.nn.softplus(y), spec.degree, axis=-1)
-    return jnp.concatenate([s ** (p + 1) for p, s in enumerate(slices)], axis=-1).astype(x.dtype)
+    psi = jax.nn.softplus(y)
+    # Powers by selection, not by splitting and concatenating: one element-wise pass, which compilers vectorise.
+    slice_of = np.arange(psi.shape[-1]) // (psi.shape[-1] // spec.degree)
+    features = psi
+    for p in range(1, spec.degree):
+        features = jnp.where(slice_of >= p, features * psi, features)
+    return head_last(features.astype(x.dtype))
 
 
 def _elu_apply(params, x, spec):
@@ -87,8 +103,8 @@ def _hedgehog_init(key, heads, head_dim, spec):
 def _hedgehog_apply(params, x, spec):
     """softmax over the features [y, -y] of y = W x + b, W starting as the identity (Zhang et al. 2024)."""
     del spec
-    y = _dense(x, params["w0"], params["b0"])
-    return jax.nn.softmax(jnp.concatenate([y, -y], axis=-1), axis=-1).astype(x.dtype)
+    y = _dense(head_first(x), params["w0"], params["b0"])
+    return head_last(jax.nn.softmax(jnp.concatenate([y, -y], axis=-1), axis=-1).astype(x.dtype))
 
 
 FEATURE_MAPS: dict[str, FeatureMap] = {
