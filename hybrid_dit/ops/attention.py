@@ -11,8 +11,9 @@ from hybrid_dit.ops.softmax import softmax_attention, softmax_sums
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid, linear_mask, softmax_tokens
 
-# The linear part alone may have a vanishing denominator (features can all be zero in bf16).
-TINY = 1e-20
+# The linear part alone may have a vanishing denominator (features can all underflow). The gradient of the division
+# takes TINY to the power -2, which must not overflow in float32.
+TINY = 1e-18
 
 
 def attention(
@@ -40,7 +41,7 @@ def attention(
 def softmax_part(
     q: Float[Array, "b n h d"], k: Float[Array, "b n h d"], v: Float[Array, "b n h d"], spec: AttentionSpec, grid: Grid
 ) -> tuple[Array, Array]:
-    """The sums of Eq. 5 over S: numerator [b, n, h, d] and denominator [b, n, h], float32; zeros where S is empty.
+    """The sums of Eq. 5 over S: numerator [b, n, h, d] and denominator [b, n, h], float32; scalar zeros without S.
 
     Independent of φ: distillation computes it once per rate and block.
     """
@@ -69,7 +70,8 @@ def linear_part(
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
     """The sums of Eq. 5 over L (every token if S is empty), φ_q(q_i)·Σ φ_k(k_j)ᵀ v_j and φ_q(q_i)·Σ φ_k(k_j)ᵀ; float32.
 
-    The state Σ φ_k(k_j)ᵀ v_j is F×D per head; nothing here grows with N².
+    The state Σ φ_k(k_j)ᵀ v_j is F×D per head; nothing here grows with N². Everything runs with the head axis first, as
+    products per head want it: three transposes in, one out.
     """
     head_first, head_last = feature_maps.head_first, feature_maps.head_last
     phi_q = head_first(feature_maps.apply(phi["q"], q, spec.feature_map))
