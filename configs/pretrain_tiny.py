@@ -21,11 +21,15 @@ def get_config() -> ConfigDict:
     c.vae = ConfigDict()
     c.vae.base_dim = 12
     c.vae.num_res_blocks = 1
-    c.vae.steps = 2000
+    c.vae.steps = 4000  # on windows around a thing
     c.vae.batch = 16
-    c.vae.frames = 17  # clips shorter than the videos: the VAE is causal and doesn't care
+    c.vae.frames = 17
+    c.vae.size = 64
+    c.vae.whole_steps = 500  # on whole videos
+    c.vae.whole_batch = 8
     c.vae.learning_rate = 2e-3
-    c.vae.kl = 1e-4  # weight of the KL term per latent element, beside the mean absolute pixel error
+    c.vae.thing_weight = 4.0  # of a thing's pixels against the background's
+    c.vae.kl = 3e-4  # weight of the KL term per latent element
 
     c.text = ConfigDict()
     c.text.d_model = 64
