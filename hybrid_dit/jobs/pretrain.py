@@ -87,7 +87,8 @@ def train_vae(config, rng: np.random.Generator):
     vae = WanVAE(vae_config, jnp.dtype(config.compute_dtype))
     params = vae_lib.init(vae_config, jax.random.key(config.seed))
     total = cfg.steps + cfg.whole_steps
-    schedule = optax.warmup_cosine_decay_schedule(0.0, cfg.learning_rate, total // 50 + 1, total, 0.02 * cfg.learning_rate)
+    rate = cfg.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, total // 50 + 1, total, 0.02 * rate)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
     def loss_fn(params, video, background, key):
@@ -206,7 +207,7 @@ def train_dit(config, workdir: Path, scenes, latents, vae_config: VAEConfig, vae
 
     key = jax.random.key(config.seed + 1)
     params = {
-        "dit": model.init(key, latents[:1].astype(jnp.float32), jnp.zeros(1), jnp.zeros((1, 1, wan.text_dim)))["params"],
+        "dit": model.init(key, latents[:1] * 1.0, jnp.zeros(1), jnp.zeros((1, 1, wan.text_dim)))["params"],
         "text": encoder.init(key, ids[:1], jnp.ones_like(ids[:1]))["params"],
     }
     print(f"parameters: DiT {count(params['dit']):,}, text {count(params['text']):,}, VAE {count(vae_params):,}")

@@ -1,0 +1,67 @@
+"""Settings that every job of a surgery shares: model, prompts, one section per stage.
+
+A job's config is `get_config(model)` with its `job` set, so that jobs run one by one in the same workdir agree.
+"""
+
+from ml_collections import ConfigDict
+
+MODELS = ("tiny", "wan_1_3b", "wan_14b")
+
+
+def get_config(job: str, model: str) -> ConfigDict:
+    """Returns all sections for `model`; numbers for the real ones follow the paper, those for `tiny` fit 2 CPU cores."""
+    if model not in MODELS:
+        raise ValueError(f"unknown model {model!r}; choose one of {', '.join(MODELS)}")
+    tiny = model == "tiny"
+    c = ConfigDict()
+    c.job = job
+    c.seed = 0
+
+    c.model = ConfigDict()
+    c.model.weights = "assets/wan-tiny" if tiny else ""  # pipeline folder in diffusers' layout
+    c.model.frames = 33 if tiny else 81  # 4n + 1
+    c.model.height = 128 if tiny else 480  # multiples of 16
+    c.model.width = 128 if tiny else 832
+    c.model.compute_dtype = "float32" if tiny else "bfloat16"  # of activations; parameters are float32
+    c.model.negative_prompt = ""
+
+    c.prompts = ConfigDict()
+    c.prompts.train = "assets/prompts/train.txt" if tiny else ""  # one prompt a line
+    c.prompts.held_out = "assets/prompts/held_out.txt" if tiny else ""
+
+    c.distill = ConfigDict()  # stage 1
+    c.distill.rates = ("R2", "R4", "R8", "linear")  # what every block is distilled to
+    c.distill.loss = "value"  # value (Eq. 7) or attention (Eq. 6)
+    c.distill.feature_map = "poly"  # poly, elu, hedgehog
+    c.distill.degree = 2  # P
+    c.distill.layers = 2
+    c.distill.pattern = "stride"  # which tokens are softmax tokens: stride or lattice
+    c.distill.stabiliser = "max"  # c_i: max or lse
+    c.distill.prompts = 6 if tiny else 400  # trajectories; each is 50 training steps
+    c.distill.batch = 1  # prompts per trajectory (both guidance branches train)
+    c.distill.sample_steps = 50  # Euler-ancestral
+    c.distill.guidance = 5.0
+    c.distill.learning_rate = 1e-3
+    c.distill.held_out_prompts = 2 if tiny else 8  # for the errors that selection uses
+
+    c.select = ConfigDict()  # stage 2
+    c.select.budget = "4R4" if tiny else "15R4"  # a name (15 blocks at R4), a share of softmax's FLOPs, or FLOPs
+
+    c.finetune = ConfigDict()  # stage 3
+    c.finetune.steps = 40 if tiny else 1000
+    c.finetune.batch = 4 if tiny else 16
+    c.finetune.learning_rate = 1e-4 if tiny else 1e-5
+    c.finetune.warmup = 5 if tiny else 50
+    c.finetune.weight_decay = 0.01
+    c.finetune.clip = 1.0  # global gradient norm
+    c.finetune.drop_text = 0.1  # share of samples with the empty prompt
+    c.finetune.videos = 48 if tiny else 0  # rendered moving shapes
+    c.finetune.save_every = 20 if tiny else 100
+
+    c.evaluate = ConfigDict()
+    c.evaluate.prompts = 6 if tiny else 0
+    c.evaluate.sampler = "unipc"
+    c.evaluate.sample_steps = 20 if tiny else 50
+    c.evaluate.guidance = 3.0 if tiny else 6.0
+    c.evaluate.batch = 3 if tiny else 1
+    return c

@@ -1,0 +1,121 @@
+"""Attention Surgery on parameter trees: the losses of stage 1, and the assembly of a hybrid.
+
+Feature maps of one kind of attention ("R2", "linear", ...) are a tree with a leading block axis, as in the model.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_dit.array_typing import Array, Float, PyTree
+from hybrid_dit.errors import UserError
+from hybrid_dit.models.wan import WanConfig
+from hybrid_dit.ops import feature_maps
+from hybrid_dit.ops.attention import combine, linear_part, softmax_part
+from hybrid_dit.ops.spec import AttentionSpec
+from hybrid_dit.ops.tokens import Grid, linear_mask
+
+LOSSES = ("value", "attention")
+
+
+def init_maps(key: Array, wan: WanConfig, spec: AttentionSpec) -> PyTree:
+    """Returns fresh feature maps for every block, stacked [B, ...]."""
+    keys = jax.random.split(key, wan.num_layers)
+    return jax.vmap(lambda k: feature_maps.init(k, wan.num_heads, wan.head_dim, spec.feature_map))(keys)
+
+
+def value_loss(
+    teacher: Float[Array, "b n h d"], student: Float[Array, "b n h d"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Value distillation L = ‖y − ŷ‖₁ (paper Eq. 7), and relative to ‖y‖₁.
+
+    The norm is taken as a mean over elements: sizes then don't change the loss, and AdamW doesn't see the factor.
+    """
+    error = jnp.abs(teacher.astype(jnp.float32) - student).mean()
+    return error, error / jnp.abs(teacher.astype(jnp.float32)).mean()
+
+
+def attention_loss(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b n h d"],
+    phi: PyTree,
+    spec: AttentionSpec,
+    grid: Grid,
+    key: Array,
+    queries: int = 128,
+) -> Float[Array, ""]:
+    """Attention distillation L = log(1 + ‖exp(s_ij) − φ_q(q_i) φ_k(k_j)ᵀ‖₂²) (paper Eq. 6) on sampled queries.
+
+    Pairs are those that the linear part stands for: keys of L. `queries` random rows of the N×N matrix are taken (all
+    of them if there are fewer), and their squared norm is scaled up to all rows. exp(s) is divided by its row's
+    exp(c_i), as the student's softmax part is (Eq. 5): otherwise large logits overflow and the two parts don't match.
+    """
+    n = q.shape[1]
+    rows = jax.random.choice(key, n, (min(queries, n),), replace=False)
+    q_rows = q[:, rows].astype(jnp.float32)
+    scores = jnp.einsum("bnhd,bmhd->bhnm", q_rows, k.astype(jnp.float32)) * q.shape[-1] ** -0.5
+    keep = linear_mask(grid, spec.rate, spec.pattern) if spec.kind == "hybrid" else np.ones(n, np.float32)
+    softmax_keys = jnp.where(keep == 0, scores, -jnp.inf) if spec.kind == "hybrid" else scores
+    target = jnp.exp(scores - softmax_keys.max(axis=-1, keepdims=True))
+    phi_q = feature_maps.apply(phi["q"], q_rows, spec.feature_map)
+    phi_k = feature_maps.apply(phi["k"], k, spec.feature_map).astype(jnp.float32)
+    error = (target - jnp.einsum("bnhf,bmhf->bhnm", phi_q, phi_k)) * keep
+    return jnp.log1p(jnp.square(error).sum() * (n / len(rows)) / q.shape[0])
+
+
+def block_losses(
+    phi: Mapping[str, PyTree],
+    qkv: tuple[Array, Array, Array],
+    teacher: Float[Array, "b n h d"],
+    specs: Mapping[str, AttentionSpec],
+    grid: Grid,
+    loss: str,
+    key: Array,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Losses of one block for every spec, summed, and each one's relative L1 error; differentiable in `phi`.
+
+    Args:
+        phi: label -> this block's feature maps.
+        qkv: this block's q, k, v after norm and RoPE, from the teacher.
+        teacher: the teacher's attention output, softmax(q kᵀ) v.
+        specs: label -> what to distil to.
+        grid: of the tokens.
+        loss: "value" or "attention".
+        key: for sampled rows of the attention loss.
+    """
+    total, errors = 0.0, {}
+    for label, spec in specs.items():
+        student = combine(softmax_part(*qkv, spec, grid), linear_part(*qkv, phi[label], spec, grid))
+        value, errors[label] = value_loss(teacher, student)
+        total += value if loss == "value" else attention_loss(*qkv[:2], phi[label], spec, grid, key)
+    return total, errors
+
+
+def assemble(
+    teacher: Mapping, maps: Mapping[str, PyTree], choice: Sequence[str], specs: Mapping[str, AttentionSpec]
+) -> tuple[tuple[AttentionSpec, ...], dict]:
+    """Returns (one AttentionSpec per block, parameters) of the hybrid: teacher weights plus the chosen feature maps.
+
+    Args:
+        teacher: the DiT's parameters, without feature maps.
+        maps: label -> feature maps of all blocks, [B, ...].
+        choice: one label per block, "softmax" to leave it alone.
+        specs: label -> attention.
+
+    Raises:
+        UserError: a chosen label was not distilled.
+    """
+    unknown = sorted(set(choice) - set(maps) - {"softmax"})
+    if unknown:
+        raise UserError(f"no feature maps for {', '.join(unknown)}; distilled are {', '.join(maps)}")
+    attention = tuple(specs[label] if label != "softmax" else AttentionSpec() for label in choice)
+    if all(label == "softmax" for label in choice):
+        return attention, dict(teacher)
+    # Unused slices are zero, so that export (which leaves them out) and import give back the same tree.
+    merged = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), next(iter(maps.values())))
+    for block, label in enumerate(choice):
+        if label != "softmax":
+            jax.tree.map(lambda out, x, b=block: out.__setitem__(b, np.asarray(x[b])), merged, maps[label])
+    return attention, {**teacher, "feature_maps": merged}

@@ -1,0 +1,83 @@
+"""The folder a run writes to: one subfolder per stage, with the settings it was made with and a mark when complete.
+
+Running a command again continues it: complete stages are skipped, incomplete ones go on. A stage made with other
+settings is an error that shows the difference, never silently reused.
+"""
+
+import json
+from pathlib import Path
+
+from hybrid_dit.atomic import write_json
+from hybrid_dit.errors import UserError
+
+# Sections of the config that decide a stage's outputs: its own and those of the stages before it.
+SECTIONS = {
+    "distill": ("model", "prompts", "distill"),
+    "select": ("model", "prompts", "distill", "select"),
+    "finetune": ("model", "prompts", "distill", "select", "finetune"),
+    "export": ("model", "prompts", "distill", "select", "finetune"),
+    "evaluate": ("model", "prompts", "distill", "select", "finetune", "evaluate"),
+}
+
+
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        folder: `workdir/name`, created.
+    """
+
+    def __init__(self, workdir: Path, name: str, config):
+        """Opens the stage's folder.
+
+        Raises:
+            UserError: the folder was made with other settings.
+        """
+        self.folder = workdir / name
+        settings = {"seed": config.seed, **{section: config[section].to_dict() for section in SECTIONS[name]}}
+        settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        file = self.folder / "settings.json"
+        if file.is_file():
+            there = json.loads(file.read_text())
+            changed = _difference(there, settings)
+            if changed:
+                raise UserError(
+                    f"{self.folder} was made with other settings:\n  " + "\n  ".join(changed) + "\n"
+                    "Use another --workdir, or delete that folder to make it anew."
+                )
+        else:
+            write_json(file, settings)
+
+    @property
+    def done(self) -> bool:
+        """Whether the stage is complete."""
+        return (self.folder / "done.json").is_file()
+
+    def finish(self, **summary) -> None:
+        """Marks the stage as complete; everything else must have been written before. `summary` is kept in the mark."""
+        write_json(self.folder / "done.json", summary)
+
+
+def require(workdir: Path, name: str, config) -> Path:
+    """Returns the folder of a stage that must be complete.
+
+    Raises:
+        UserError: it isn't; says how to make it.
+    """
+    stage = Stage(workdir, name, config) if (workdir / name).is_dir() else None
+    if stage is None or not stage.done:
+        raise UserError(
+            f"{workdir / name} is not complete; run --config=configs/{name}.py with this --workdir first"
+        )
+    return stage.folder
+
+
+def _difference(there: dict, here: dict, prefix: str = "") -> list[str]:
+    lines = []
+    for key in sorted(there.keys() | here.keys()):
+        name = f"{prefix}{key}"
+        if isinstance(there.get(key), dict) and isinstance(here.get(key), dict):
+            lines += _difference(there[key], here[key], f"{name}.")
+        elif there.get(key) != here.get(key):
+            lines.append(f"{name}: {there.get(key)!r} there, {here.get(key)!r} in this command")
+    return lines
