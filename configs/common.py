@@ -9,7 +9,7 @@ MODELS = ("tiny", "wan_1_3b", "wan_14b")
 
 
 def get_config(job: str, model: str) -> ConfigDict:
-    """Returns all sections for `model`; numbers for the real ones follow the paper, those for `tiny` fit 2 CPU cores."""
+    """Returns all sections for `model`: numbers of the paper for the real ones, ones that fit 2 CPU cores for `tiny`."""
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}; choose one of {', '.join(MODELS)}")
     tiny = model == "tiny"
@@ -42,6 +42,7 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.distill.sample_steps = 50  # Euler-ancestral
     c.distill.guidance = 5.0
     c.distill.learning_rate = 1e-3
+    c.distill.held_out_steps = 10 if tiny else 25  # of each held-out trajectory
     c.distill.held_out_prompts = 2 if tiny else 8  # for the errors that selection uses
 
     c.select = ConfigDict()  # stage 2
@@ -64,4 +65,17 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.evaluate.sample_steps = 20 if tiny else 50
     c.evaluate.guidance = 3.0 if tiny else 6.0
     c.evaluate.batch = 3 if tiny else 1
+
+    c.sample = ConfigDict()
+    c.sample.variant = "teacher"  # teacher (the weights as given) or finetuned (what surgery made of them)
+    c.sample.prompt = ""  # one prompt; empty: those of the file
+    c.sample.prompts = c.prompts.held_out  # file with one prompt a line
+    c.sample.names = ""  # file with what to call each one's videos; empty: the prompts (VBench: the original prompts)
+    c.sample.first = 6 if tiny else 0  # prompts of the file to sample; 0: all
+    c.sample.samples = 1  # videos per prompt (VBench: 5)
+    c.sample.sampler = "unipc"
+    c.sample.sample_steps = 20 if tiny else 50
+    c.sample.guidance = 3.0 if tiny else 6.0
+    c.sample.batch = 3 if tiny else 1
+    c.sample.fps = 16
     return c

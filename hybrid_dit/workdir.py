@@ -17,6 +17,8 @@ SECTIONS = {
     "finetune": ("model", "prompts", "distill", "select", "finetune"),
     "export": ("model", "prompts", "distill", "select", "finetune"),
     "evaluate": ("model", "prompts", "distill", "select", "finetune", "evaluate"),
+    "sample_teacher": ("model", "sample"),
+    "sample_finetuned": ("model", "prompts", "distill", "select", "finetune", "sample"),
 }
 
 

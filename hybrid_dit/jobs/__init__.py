@@ -1,1 +1,22 @@
 """Jobs: what `python -m hybrid_dit.main` runs, one module each, with a function `run(config, workdir)`."""
+
+import difflib
+import importlib
+from types import ModuleType
+
+from hybrid_dit.errors import UserError
+
+JOBS = ("surgery", "distill", "select_rates", "finetune", "export", "evaluate", "sample", "pretrain")
+
+
+def load(name: str) -> ModuleType:
+    """Returns the module of a job, imported only now: jobs import much.
+
+    Raises:
+        UserError: there is no such job.
+    """
+    if name not in JOBS:
+        near = difflib.get_close_matches(name, JOBS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"unknown job {name!r} in the config; {hint}Jobs are {', '.join(JOBS)}")
+    return importlib.import_module(f"hybrid_dit.jobs.{name}")

@@ -1,0 +1,14 @@
+"""Stage 1: trains feature maps of every block and rate to copy the teacher's attention.
+
+Run:    python -m hybrid_dit.main --config=configs/distill.py --workdir=runs/tiny
+Takes:  TODO
+Gives:  distill/maps.safetensors, errors.csv, pictures of errors and curves.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(model: str = "tiny") -> ConfigDict:
+    return common.get_config("distill", model)

@@ -1,0 +1,14 @@
+"""Samples held-out prompts before and after every stage: score, likeness to the teacher, time, FLOPs. Needs stages 1-3.
+
+Run:    python -m hybrid_dit.main --config=configs/evaluate.py --workdir=runs/tiny
+Takes:  TODO
+Gives:  evaluate/results.csv and results.json, videos and contact sheets.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(model: str = "tiny") -> ConfigDict:
+    return common.get_config("evaluate", model)

@@ -1,0 +1,14 @@
+"""All of Attention Surgery: distill, select rates, fine-tune, export, evaluate; each stage once.
+
+Run:    python -m hybrid_dit.main --config=configs/surgery.py --workdir=runs/tiny
+Takes:  TODO
+Gives:  one folder per stage in the workdir; the result is export/pipeline, the verdict evaluate/results.csv.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(model: str = "tiny") -> ConfigDict:
+    return common.get_config("surgery", model)

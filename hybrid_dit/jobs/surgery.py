@@ -1,0 +1,57 @@
+"""All of Attention Surgery in order: distill, select, finetune, export, evaluate."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from hybrid_dit import cost, jobs, knapsack
+from hybrid_dit.errors import UserError
+from hybrid_dit.jobs import evaluate, select_rates
+from hybrid_dit.ops.spec import AttentionSpec
+from hybrid_dit.progress import duration
+from hybrid_dit.sampling import make_sampler
+from hybrid_dit.surgery_io import specs_from_config
+from hybrid_dit.workdir import Stage
+
+STAGES = {  # folder -> (job, what it does)
+    "distill": ("distill", "train feature maps of every block and rate to copy softmax attention"),
+    "select": ("select_rates", "choose a rate per block under the budget"),
+    "finetune": ("finetune", "train the hybrid with flow matching"),
+    "export": ("export", "write the hybrid as a pipeline folder"),
+    "evaluate": ("evaluate", "sample held-out prompts before and after every stage"),
+}
+
+
+def run(config, workdir: Path) -> None:
+    """Runs the stages that are not complete in `workdir`, and prints the table of `evaluate`.
+
+    Raises:
+        UserError: as the stages; what can be told from the settings is raised before any work.
+    """
+    check(config)
+    done = {folder: (workdir / folder).is_dir() and Stage(workdir, folder, config).done for folder in STAGES}
+    began = time.monotonic()
+    for n, (folder, (job, what)) in enumerate(STAGES.items(), start=1):
+        elapsed = duration(time.monotonic() - began)
+        print(f"\n=== {n}/{len(STAGES)} {folder}: {what} (after {elapsed}) ===", flush=True)
+        if done[folder] and folder != "evaluate":  # which prints its table again
+            print(f"complete in {workdir / folder}")
+        else:
+            jobs.load(job).run(config, workdir)
+    print(f"\nsurgery took {duration(time.monotonic() - began)}")
+
+
+def check(config) -> None:
+    """Raises UserError for settings of late stages that can't work, so that no early stage runs in vain."""
+    evaluate.held_out(config)
+    make_sampler(config.evaluate.sampler, config.evaluate.sample_steps, shift=1.0)
+    shape = select_rates.attention_shape(config)
+    specs = {"softmax": AttentionSpec(), **specs_from_config(config.distill)}
+    costs = {label: cost.self_attention_flops(shape, cost.Attention.from_spec(s)) for label, s in specs.items()}
+    budget = select_rates.parse_budget(config.select.budget, costs, shape.blocks)
+    table = np.tile(list(costs.values()), (shape.blocks, 1))
+    try:
+        knapsack.solve(np.zeros(table.shape), table, budget)
+    except UserError as error:
+        raise UserError(f"select.budget={config.select.budget}: {error}") from error
