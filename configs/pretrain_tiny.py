@@ -42,11 +42,12 @@ def get_config() -> ConfigDict:
     c.dit.num_heads = 8
     c.dit.ffn_dim = 768
     c.dit.num_layers = 8
-    c.dit.videos = 24_000  # rendered and encoded once
-    c.dit.steps = 14_000
-    c.dit.batch = 256
+    c.dit.videos = 16_000  # rendered and encoded once
+    c.dit.steps = 7_000
+    c.dit.batch = 128
+    c.dit.optimizer = "muon"  # muon or adamw
     c.dit.learning_rate = 1e-3  # peak; cosine to 0
-    c.dit.warmup = 500
+    c.dit.warmup = 300
     c.dit.weight_decay = 0.01
     c.dit.clip = 1.0  # global gradient norm
     c.dit.ema = 0.999
@@ -56,5 +57,5 @@ def get_config() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.videos = 256  # of held-out prompts
     c.eval.steps = 50
-    c.eval.guidance = (1.0, 3.0, 5.0)
+    c.eval.guidance = (3.0, 5.0)
     return c

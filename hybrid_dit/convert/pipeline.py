@@ -98,15 +98,38 @@ def save_transformer(
         hybrid.write_description(temporary, attention)
 
 
+def load_pipeline_config(folder: str | Path) -> tuple[WanConfig, VAEConfig]:
+    """Reads the sizes of DiT and VAE alone, without weights.
+
+    Raises:
+        UserError: the folder is no pipeline folder.
+    """
+    folder = check_folder(folder)
+    wan = wan_keys.config_from_diffusers(read_json(folder / "transformer" / "config.json"))
+    return wan, VAEConfig.from_diffusers(read_json(folder / "vae" / "config.json"))
+
+
+def check_folder(folder: str | Path) -> Path:
+    """Returns the folder as a Path.
+
+    Raises:
+        UserError: no folder was given, or it is no pipeline folder.
+    """
+    if not str(folder):
+        raise UserError("no weights given; set --config.model.weights to a pipeline folder in diffusers' layout")
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is not a pipeline folder in diffusers' layout: it has no model_index.json")
+    return folder
+
+
 def load_pipeline(folder: str | Path) -> Pipeline:
     """Reads a pipeline folder in diffusers' layout.
 
     Raises:
         UserError: a part is missing or doesn't fit its config.json.
     """
-    folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is not a pipeline folder: it has no model_index.json")
+    folder = check_folder(folder)
     wan, attention, dit = load_transformer(folder / "transformer")
 
     vae_config = VAEConfig.from_diffusers(read_json(folder / "vae" / "config.json"))

@@ -161,17 +161,16 @@ def make_latents(config, rng: np.random.Generator, vae_config: VAEConfig, params
         spread.append(np.asarray(jnp.exp(logvar.astype(jnp.float32)).mean(axis=(0, 1, 2, 3))))
         progress.update(min(start + batch, len(scenes)))
     latents = jnp.concatenate(means)
-    # Of a sample of the posterior, not of its mean: channels that the KL term switched off keep their small scale.
-    sample_ = latents[:2000].astype(jnp.float32)
-    std = np.sqrt(np.asarray(sample_.var(axis=(0, 1, 2, 3))) + np.mean(spread, axis=0))
-    mean = np.asarray(sample_.mean(axis=(0, 1, 2, 3)))
+    part = latents[:2000].astype(jnp.float32)
+    mean, std = np.asarray(part.mean(axis=(0, 1, 2, 3))), np.asarray(part.std(axis=(0, 1, 2, 3)))
+    share = std / np.sqrt(std**2 + np.mean(spread, axis=0))
+    print(f"share of each latent channel's spread that the video decides: {np.round(share, 2)}")
+    std = np.where(share > 0.1, std, 1.0)  # don't blow up channels that the KL term switched off
     vae_config = dataclasses.replace(
         vae_config,
         latents_mean=tuple(round(float(x), 4) for x in mean),
         latents_std=tuple(round(float(x), 4) for x in std),
     )
-    used = np.asarray(sample_.std(axis=(0, 1, 2, 3))) / std
-    print(f"share of each latent channel's spread that the video decides: {np.round(used, 2)}")
     normalize = jax.jit(lambda x: vae_config.normalize(x.astype(jnp.float32)).astype(jnp.bfloat16), donate_argnums=0)
     return scenes, normalize(latents), vae_config
 
@@ -211,11 +210,7 @@ def train_dit(config, workdir: Path, scenes, latents, vae_config: VAEConfig, vae
         "text": encoder.init(key, ids[:1], jnp.ones_like(ids[:1]))["params"],
     }
     print(f"parameters: DiT {count(params['dit']):,}, text {count(params['text']):,}, VAE {count(vae_params):,}")
-    schedule = optax.warmup_cosine_decay_schedule(0.0, cfg.learning_rate, cfg.warmup, cfg.steps)
-    tx = optax.chain(
-        optax.clip_by_global_norm(cfg.clip),
-        optax.adamw(schedule, b2=0.99, weight_decay=cfg.weight_decay),
-    )
+    tx = make_optimizer(cfg)
 
     def loss_fn(params, key, latents, ids, lengths):
         key_drop, key_flow = jax.random.split(key)
@@ -262,6 +257,35 @@ def train_dit(config, workdir: Path, scenes, latents, vae_config: VAEConfig, vae
         shift=cfg.shift,
     )
     return pipeline, losses
+
+
+def make_optimizer(cfg) -> optax.GradientTransformation:
+    """Muon for the matrices inside blocks and text encoder, Adam for all else; or AdamW for everything.
+
+    Muon's updates are scaled to the size of Adam's (`consistent_rms`), so that one learning rate and decay serve both.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(0.0, cfg.learning_rate, cfg.warmup, cfg.steps)
+    clip = optax.clip_by_global_norm(cfg.clip)
+    if cfg.optimizer == "adamw":
+        return optax.chain(clip, optax.adamw(schedule, b2=0.99, weight_decay=cfg.weight_decay))
+
+    def matrices(params):
+        def one(path, x):
+            names = [p.key for p in path]
+            matrix = "blocks" in names and names[-1] == "kernel"
+            return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1) if matrix else None
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    muon = optax.contrib.muon(
+        schedule,
+        weight_decay=cfg.weight_decay,
+        consistent_rms=0.2,
+        adam_b2=0.99,
+        adam_learning_rate=schedule,
+        muon_weight_dimension_numbers=matrices,
+    )
+    return optax.chain(clip, muon)
 
 
 def evaluate(config, pipeline: Pipeline, batch: int = 64) -> dict:

@@ -195,7 +195,8 @@ class WanBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Self-attention with qk-norm and RoPE; the attention itself is `specs[which]`.
 
-    Sows q, k, v (after norm and RoPE, what every attention kind sees) as intermediates; free unless asked for.
+    Sows q, k, v (after norm and RoPE, what every attention kind sees) and the attention's output, each [b, n, h, d], as
+    the intermediate "attention"; free unless asked for.
     """
 
     config: WanConfig
@@ -209,13 +210,13 @@ class SelfAttention(nn.Module):
         cfg = self.config
         q, k, v = _qkv(self, cfg, self.dtype, x, x)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        self.sow("intermediates", "qkv", (q, k, v), reduce_fn=lambda _, new: new, init_fn=lambda: None)
         # Checkpointed, so that a switch keeps q, k, v for the backward pass and not every branch's internals.
         branches = [
             jax.checkpoint(lambda q, k, v, phi, spec=spec: attention(q, k, v, phi, spec=spec, grid=self.grid))
             for spec in self.specs
         ]
         y = branches[0](q, k, v, phi) if len(branches) == 1 else jax.lax.switch(which, branches, q, k, v, phi)
+        self.sow("intermediates", "attention", (q, k, v, y), reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return nn.Dense(cfg.dim, dtype=self.dtype, name="o")(rearrange(y, "b n h d -> b n (h d)"))
 
 
@@ -245,6 +246,15 @@ def _qkv(module: nn.Module, cfg: WanConfig, dtype, x, context):
     k = rms(name="norm_k")(dense(name="k")(context)).astype(dtype)
     v = dense(name="v")(context)
     return (rearrange(y, "b n (h d) -> b n h d", h=cfg.num_heads) for y in (q, k, v))
+
+
+def captured_attention(variables) -> tuple[Array, Array, Array, Array]:
+    """Returns q, k, v and the attention's output of every block, each [B, b, n, h, d].
+
+    Args:
+        variables: second result of `WanDiT(...).apply(..., mutable=["intermediates"])`.
+    """
+    return variables["intermediates"]["blocks"]["self_attn"]["attention"]
 
 
 def layer_norm(x: Array, eps: float) -> Array:

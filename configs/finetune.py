@@ -1,0 +1,19 @@
+"""Stage 3 of Attention Surgery: fine-tunes the whole hybrid, feature maps included, with flow matching.
+
+Needs:  stages 1 and 2 in the same workdir (configs/distill.py, configs/select.py).
+Run:    python -m hybrid_dit.main --config=configs/finetune.py --workdir=runs/tiny
+Takes:  about 2 minutes on two CPU cores for the bundled model.
+Gives:  in runs/tiny/finetune: transformer/ (the hybrid, read by later stages), loss.csv, loss.png, and checkpoints/,
+        from which the same command continues after an interruption.
+
+Other settings: --config.finetune.steps=100 and so on; see configs/common.py. Real models (`finetune.py:wan_1_3b`) need
+pairs of prompts and videos; this version has rendered ones only (--config.finetune.videos).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(model: str = "tiny") -> ConfigDict:
+    return common.get_config("finetune", model)

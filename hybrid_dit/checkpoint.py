@@ -1,0 +1,78 @@
+"""Training state on disk: Orbax checkpoints by step, the last few kept, unfinished ones never chosen."""
+
+import logging
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from hybrid_dit.array_typing import PyTree
+from hybrid_dit.errors import UserError
+
+
+class Checkpoints:
+    """Checkpoints of one training run in one folder. Close it (or use it with `with`) so that all get written."""
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        """Opens the folder, creates it if need be, and removes what an interrupted save left.
+
+        Args:
+            folder: a subfolder per step.
+            keep: number of checkpoints kept; older ones are deleted once a new one is complete.
+        """
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it touches
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self.folder = Path(folder).resolve()
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: PyTree) -> None:
+        """Saves in the background; `state` may be donated or changed right after. A step saved already is left alone.
+
+        Args:
+            step: number of finished steps.
+            state: a tree of arrays.
+        """
+        if step != self.latest:
+            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+
+    def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
+        """Returns (step, state) of the last complete checkpoint, bit for bit as saved; None if there is none.
+
+        Args:
+            like: tree of arrays, or of `jax.ShapeDtypeStruct`s with a sharding, that says structure, shapes and
+                placement. The number of devices may differ from when it was saved.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of another model.
+        """
+        if self.latest is None:
+            return None
+        abstract = jax.tree.map(_abstract, like)
+        try:
+            return self.latest, self._manager.restore(self.latest, args=ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise UserError(
+                f"checkpoint {self.folder / str(self.latest)} is damaged or of another model ({reason}); "
+                "delete it to continue from the one before, or the whole folder to start anew"
+            ) from error
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _abstract(x) -> jax.ShapeDtypeStruct:
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -1,0 +1,110 @@
+"""Where arrays live on several devices: one mesh axis, the batch split over it, large parameters too (FSDP).
+
+Parameters follow `(regex, PartitionSpec)` rules over their paths. Each path must match exactly one rule, so that a new
+parameter can't end up somewhere by accident.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hybrid_dit.array_typing import PyTree
+from hybrid_dit.convert import tables
+
+AXIS = "data"
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+# Matrices are split along the axis they contract over; a block's are gathered when the block runs. Vectors are small.
+DIT_RULES: Rules = (
+    (r"blocks/.*/kernel", PartitionSpec(None, AXIS)),
+    (r"blocks/.*(bias|scale|modulation)", PartitionSpec()),
+    (r"feature_maps/[qk]/w\d+", PartitionSpec(None, None, AXIS)),
+    (r"feature_maps/[qk]/b\d+", PartitionSpec()),
+    (r"(patch_embedding|(time|text)_embedding_\d|time_projection|head)/kernel", PartitionSpec(AXIS)),
+    (r"(patch_embedding|(time|text)_embedding_\d|time_projection|head)/bias", PartitionSpec()),
+    (r"head_modulation", PartitionSpec()),
+)
+
+
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh with all devices (or those given) along one axis."""
+    return Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
+    """Splits the leading axis over the devices; replicates it, with a printed note, where that doesn't divide."""
+    if batch % mesh.size == 0:
+        return NamedSharding(mesh, PartitionSpec(AXIS))
+    print(f"note: a batch of {batch} does not divide over {mesh.size} devices; every device computes all of it")
+    return replicated(mesh)
+
+
+def stacked_sharding(tree: PyTree, mesh: Mesh | None = None) -> PyTree:
+    """Returns a NamedSharding per leaf that splits its leading (block) axis; leaves where that doesn't divide stay whole.
+
+    For training in which blocks are independent, such as distillation. `mesh` defaults to all devices.
+    """
+    mesh = mesh or data_mesh()
+
+    def choose(leaf):
+        fits = leaf.ndim > 0 and leaf.shape[0] % mesh.size == 0
+        return NamedSharding(mesh, PartitionSpec(AXIS)) if fits else replicated(mesh)
+
+    return jax.tree.map(choose, tree)
+
+
+def param_shardings(mesh: Mesh, params: Mapping, rules: Rules = DIT_RULES) -> PyTree:
+    """Returns a NamedSharding for every parameter.
+
+    Args:
+        mesh: from `data_mesh`.
+        params: nested dict of arrays or shapes.
+        rules: (regex over the whole path "a/b/c", spec). An axis that its devices don't divide is left whole.
+
+    Raises:
+        ValueError: a path matches no rule or several.
+    """
+    compiled = [(re.compile(pattern), spec) for pattern, spec in rules]
+    out = {}
+    for path, leaf in tables.flatten(params).items():
+        hits = [spec for pattern, spec in compiled if pattern.fullmatch(path)]
+        if len(hits) != 1:
+            raise ValueError(f"parameter {path} matches {len(hits)} sharding rules; expected exactly one")
+        fits = all(name is None or size % mesh.shape[name] == 0 for name, size in zip(hits[0], leaf.shape))
+        out[path] = NamedSharding(mesh, hits[0] if fits else PartitionSpec())
+    return _like(params, out)
+
+
+def put(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Places host arrays that are equal on every process; each process uploads its own devices' parts only."""
+
+    def place(array, sharding):
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """Returns whole NumPy arrays, gathered one at a time so that no device ever holds more than one of them whole."""
+
+    def gather(array):
+        whole = jax.device_put(array, replicated(array.sharding.mesh))
+        return np.array(whole)
+
+    return jax.tree.map(gather, tree)
+
+
+def _like(tree: Mapping, flat: Mapping[str, object], prefix: str = "") -> dict:
+    """`flat` in the structure of `tree`; unlike `tables.unflatten` it keeps empty subtrees (fixed feature maps)."""
+    return {
+        name: _like(value, flat, f"{prefix}{name}/") if isinstance(value, Mapping) else flat[f"{prefix}{name}"]
+        for name, value in tree.items()
+    }
