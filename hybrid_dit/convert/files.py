@@ -18,6 +18,7 @@ class Weights:
     Attributes:
         source: file or folder, for messages.
         shapes: name -> shape.
+        dtypes: name -> dtype as safetensors writes it (BF16, F32, ...).
     """
 
     def __init__(self, source: str | Path):
@@ -32,16 +33,17 @@ class Weights:
             raise UserError(f"no weights at {self.source}: expected a .safetensors file or a folder that holds some")
         self._file: dict[str, safetensors.safe_open] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         for file in files:
             try:
                 handle = safetensors.safe_open(file, framework="numpy")
-                shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+                slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
             except (safetensors.SafetensorError, OSError) as error:
                 raise UserError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
-            for key, shape in shapes.items():
+            for key, part in slices.items():
                 if key in self._file:
                     raise UserError(f"{self.source}: tensor {key} is in two files, one of them {file.name}")
-                self._file[key], self.shapes[key] = handle, shape
+                self._file[key], self.shapes[key], self.dtypes[key] = handle, tuple(part.get_shape()), part.get_dtype()
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor in its stored dtype (bfloat16 as ml_dtypes.bfloat16)."""

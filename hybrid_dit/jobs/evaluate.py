@@ -235,7 +235,7 @@ def to_table(results: Mapping) -> str:
     hybrid = results["variants"]["finetuned"]["blocks"]
     return "\n".join(
         [
-            f"{results['videos']} videos per variant from the same noise: {results['sampler']}, on {results['machine']}",
+            f"{results['videos']} videos per variant, same noise: {results['sampler']}, on {results['machine']}",
             "seconds and FLOPs are per video",
             *lines,
             "[low, high]: 95% bootstrap interval over the videos",
