@@ -48,7 +48,7 @@ def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
 
 
 def stacked_sharding(tree: PyTree, mesh: Mesh | None = None) -> PyTree:
-    """Returns a NamedSharding per leaf that splits its leading (block) axis; leaves where that doesn't divide stay whole.
+    """Returns a NamedSharding per leaf that splits its leading axis, blocks; where that doesn't divide it stays whole.
 
     For training in which blocks are independent, such as distillation. `mesh` defaults to all devices.
     """
