@@ -1,7 +1,7 @@
 """An Orbax checkpoint of the Flax DiT (teacher or hybrid) as one folder.
 
-It holds `params/`, `config.json` and for a hybrid `hybrid_config.json`. The configs are those of a diffusers transformer
-folder, so that one reader serves both.
+It holds `params/`, `config.json` and for a hybrid `hybrid_config.json`. The configs are those of a diffusers
+transformer folder, so that one reader serves both.
 """
 
 from collections.abc import Mapping

@@ -27,8 +27,8 @@ from hybrid_dit.models.wan import WanConfig, WanDiT, captured_attention
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.progress import Progress
 from hybrid_dit.sampling import Sampler, make_sampler
-from hybrid_dit.sharding import stacked_sharding
-from hybrid_dit.surgery_io import save_maps, specs_from_config
+from hybrid_dit.sharding import stacked_sharding, to_host
+from hybrid_dit.surgery_io import MAPS_FILE, save_maps, specs_from_config
 from hybrid_dit.workdir import Stage
 
 State = dict[str, Any]  # {"maps": {label: [B, ...]}, "opt": likewise}
@@ -59,15 +59,13 @@ def run(config, workdir: Path) -> None:
         learning_rate=cfg.learning_rate,
         dtype=config.model.compute_dtype,
     )
-    initial = distiller.init(jax.random.key(config.seed))
     rounds = max(cfg.prompts // cfg.batch, 1)
     chosen = [prompts[i % len(prompts)] for i in range(rounds * cfg.batch)]
-    state, history = _train(config, distiller, pipeline, shape, chosen, initial, stage.folder)
-    maps = jax.device_get(state["maps"])
-
-    errors = _held_out_errors(config, distiller, pipeline, shape, held_out, initial["maps"], maps)
-    save_maps(stage.folder / "maps.safetensors", maps)
-    save_maps(stage.folder / "undistilled.safetensors", jax.device_get(initial["maps"]))
+    state, history = _train(config, distiller, pipeline, shape, chosen, stage.folder)
+    maps = {"undistilled": distiller.init(jax.random.key(config.seed))["maps"], "distilled": state["maps"]}
+    errors = _held_out_errors(config, distiller, pipeline, shape, held_out, maps)
+    save_maps(stage.folder / MAPS_FILE, to_host(state["maps"]))
+    save_maps(stage.folder / "undistilled.safetensors", jax.device_get(maps["undistilled"]))
     _write_errors(stage.folder, list(specs), errors)
     _write_history(stage.folder, list(specs), history)
     summary = {label: round(float(errors["distilled"][:, r].mean()), 5) for r, label in enumerate(specs)}
@@ -159,20 +157,21 @@ class Distiller:
         return surgery.block_losses(maps, tuple(qkv), teacher, self.specs, grid, self.loss, key)
 
 
-def _train(config, distiller: Distiller, pipeline: Pipeline, shape, prompts: list[str], state: State, folder: Path):
+def _train(config, distiller: Distiller, pipeline: Pipeline, shape, prompts: list[str], folder: Path):
     """Runs all trajectories from the last checkpoint on; returns (state, errors [steps, rates] of every step)."""
     cfg = config.distill
     steps = cfg.sample_steps
     key = jax.random.key(config.seed + 1)
+    abstract = jax.eval_shape(distiller.init, key)
+    sharding = stacked_sharding(abstract)
+    state = jax.jit(distiller.init, out_shardings=sharding)(jax.random.key(config.seed))
     checkpoints = Checkpoints(folder / "checkpoints")
-    first, state, history = 0, state, []
-    restored = checkpoints.restore({"state": state})
+    first, history = 0, []
+    restored = checkpoints.restore(state)
     if restored is not None:
-        first, state = restored[0], restored[1]["state"]
+        first, state = restored
         history = _read_history(folder, first)
         print(f"distill: continues after {first} steps")
-    sharding = stacked_sharding(state)
-    state = jax.device_put(state, sharding)
     step = jax.jit(distiller.step, donate_argnums=0, out_shardings=(sharding, None, None))
     total = len(prompts) // cfg.batch * steps
     progress = Progress("distill", total, start=first)
@@ -186,18 +185,17 @@ def _train(config, distiller: Distiller, pipeline: Pipeline, shape, prompts: lis
             history.append([float(e.mean()) for e in errors.values()])
             progress.update(start + i + 1, **{f"error {label}": v for label, v in zip(errors, history[-1])})
         _write_history(folder, list(distiller.specs), history)
-        checkpoints.save(start + steps, {"state": state})
+        checkpoints.save(start + steps, state)
     checkpoints.close()
     return state, history
 
 
-def _held_out_errors(config, distiller: Distiller, pipeline: Pipeline, shape, prompts: list[str], initial, trained):
-    """Returns {"undistilled" | "distilled": relative L1 error [B, rates]}, averaged over held-out trajectories."""
+def _held_out_errors(config, distiller: Distiller, pipeline: Pipeline, shape, prompts: list[str], candidates):
+    """Returns {name of candidate: relative L1 error [B, rates]}, averaged over held-out trajectories."""
     cfg = config.distill
     sampler = make_sampler("euler_ancestral", num_steps=cfg.held_out_steps, shift=pipeline.shift)
     distiller = dataclasses.replace(distiller, sampler=sampler)
     measure = jax.jit(distiller.measure)
-    candidates = {"undistilled": initial, "distilled": trained}
     sums = {name: 0.0 for name in candidates}
     count = max(cfg.held_out_prompts // cfg.batch, 1)
     progress = Progress("held-out errors", count * cfg.held_out_steps)

@@ -63,12 +63,19 @@ def _dense(x: Array, kernel: Array, bias: Array) -> Array:
 
 
 def _poly_init(key, heads, head_dim, spec):
+    """Small features at first: φ_q·φ_k is about 0.05, the weight of a key well below the row's maximum.
+
+    With a zero bias in the last layer it would be D/2 or more against exp(s_ij − c_i) <= 1, and the linear part would
+    drown the softmax part until training has shrunk it.
+    """
     width = spec.degree * head_dim
     params = {}
     for i, layer_key in enumerate(jax.random.split(key, spec.layers)):
         fan_in = head_dim if i == 0 else width
         params[f"w{i}"] = jax.random.normal(layer_key, (heads, fan_in, width)) * fan_in**-0.5
         params[f"b{i}"] = jnp.zeros((heads, width))
+    feature = (0.05 / head_dim) ** 0.5  # the powers above 1 add next to nothing at this size
+    params[f"b{spec.layers - 1}"] += jnp.log(jnp.expm1(feature))  # inverse of softplus
     return params
 
 

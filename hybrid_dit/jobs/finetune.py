@@ -1,0 +1,229 @@
+"""Stage 3: fine-tunes the whole hybrid, feature maps included, with flow matching.
+
+The step is pure and compiled once. Its randomness and its samples depend on the seed and the step's number alone, so
+that step N is the same whether it is reached in one run or after ten interruptions.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from hybrid_dit import pictures, sharding, surgery
+from hybrid_dit.array_typing import Array, Float, PyTree
+from hybrid_dit.checkpoint import Checkpoints
+from hybrid_dit.convert.pipeline import Pipeline, load_pipeline, save_transformer
+from hybrid_dit.pairs import Pairs, batch_at, rendered_pairs
+from hybrid_dit.errors import UserError
+from hybrid_dit.flow import flow_matching_loss
+from hybrid_dit.interruption import Interruption
+from hybrid_dit.loss_log import LossLog, read_losses, running_mean
+from hybrid_dit.models.wan import WanConfig, WanDiT
+from hybrid_dit.ops.spec import AttentionSpec
+from hybrid_dit.progress import Progress, duration
+from hybrid_dit.surgery_io import CHOICE_FILE, MAPS_FILE, load_choice, load_maps, specs_from_config
+from hybrid_dit.workdir import Stage, require
+
+AVERAGED = 20  # steps that the printed loss is a mean of
+# From this many tokens x width x blocks per device on, activations are recomputed in the backward pass: 2**24 keep
+# about 2 GiB of them. The bundled model stays below, Wan is far above.
+MAX_KEPT = 2**24
+
+
+def run(config, workdir: Path) -> None:
+    """Writes `transformer/` (the fine-tuned hybrid), `loss.csv`, `loss.png` and `checkpoints/`.
+
+    Raises:
+        UserError: an earlier stage is missing, there is no data, or training diverges.
+    """
+    distilled, selected = require(workdir, "distill", config), require(workdir, "select", config)
+    stage = Stage(workdir, "finetune", config)
+    if stage.done:
+        print(f"finetune: complete in {stage.folder}")
+        return
+    pipeline = load_pipeline(config.model.weights)
+    choice = load_choice(selected / CHOICE_FILE)
+    specs = specs_from_config(config.distill)
+    attention, params = surgery.assemble(pipeline.dit, load_maps(distilled / MAPS_FILE), choice, specs)
+    pairs, empty = load_pairs(config, pipeline, stage.folder)
+    trainer = Trainer(config, pipeline.wan, attention, pipeline.shift, empty, sharding.data_mesh())
+    del pipeline  # the text encoder alone is 23 GB for Wan
+    params = train(trainer, params, pairs, stage.folder)
+
+    steps, losses = read_losses(stage.folder / "loss.csv")
+    curves = {"each step": (steps, losses), f"mean of {AVERAGED}": (steps, running_mean(losses, AVERAGED))}
+    pictures.loss_curves(stage.folder / "loss.png", curves, value_label="flow-matching loss", title="Fine-tuning")
+    save_transformer(stage.folder / "transformer", trainer.wan, attention, sharding.to_host(params))
+    last = float(running_mean(losses, AVERAGED)[-1])
+    print(f"finetune: mean loss of the last {min(AVERAGED, len(losses))} steps {last:.5g}; {stage.folder}/transformer")
+    stage.finish(blocks=choice, loss=round(last, 6))
+
+
+def load_pairs(config, pipeline: Pipeline, folder: Path) -> tuple[Pairs, Pairs]:
+    """Returns the training pairs and the empty prompt's text, see `rendered_pairs`.
+
+    Raises:
+        UserError: the config asks for data that this version can't provide.
+    """
+    if not config.finetune.videos:
+        raise UserError(
+            "no training videos: this version can fine-tune on rendered moving shapes alone; say how many with "
+            "--config.finetune.videos=48, together with --config.model.height and .width equal to each other"
+        )
+    if config.model.height != config.model.width:
+        raise UserError(
+            f"moving shapes are square, but model.height={config.model.height} and model.width={config.model.width}; "
+            "set both to the same number"
+        )
+    cache = folder / "latents.safetensors"
+    return rendered_pairs(
+        pipeline, config.finetune.videos, config.model.frames, config.model.height, config.seed, cache
+    )
+
+
+class State(NamedTuple):
+    """What a step changes: the DiT's parameters, AdamW's moments, and the number of finished steps."""
+
+    params: PyTree
+    opt_state: PyTree
+    step: Array
+
+
+class Trainer:
+    """The train step of one hybrid on one mesh."""
+
+    def __init__(
+        self,
+        config,
+        wan: WanConfig,
+        attention: tuple[AttentionSpec, ...],
+        shift: float,
+        empty: Pairs,
+        mesh: Mesh,
+    ):
+        """Prepares the optimiser.
+
+        Args:
+            config: sections `model` and `finetune`, and the seed.
+            wan: sizes of the DiT.
+            attention: one spec per block.
+            shift: timestep shift.
+            empty: its text is the empty prompt's, which replaces a share `drop_text` of the prompts.
+            mesh: from `sharding.data_mesh`.
+        """
+        self.cfg, self.seed, self.dtype = config.finetune, config.seed, jnp.dtype(config.model.compute_dtype)
+        self.wan, self.attention, self.shift, self.empty, self.mesh = wan, attention, shift, empty, mesh
+        self.tx = optax.chain(
+            optax.clip_by_global_norm(self.cfg.clip),
+            optax.adamw(self._learning_rate, weight_decay=self.cfg.weight_decay),
+        )
+
+    def abstract(self, params: PyTree) -> State:
+        """Returns shapes and shardings of the whole state; `params` may be shapes themselves."""
+        whole = sharding.replicated(self.mesh)
+        places = sharding.param_shardings(self.mesh, params)
+        moments = jax.eval_shape(self.tx.init, params)
+        moment_places = optax.tree_utils.tree_map_params(
+            self.tx, lambda _, place: place, moments, places, transform_non_params=lambda _: whole
+        )
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            State(params, moments, jax.ShapeDtypeStruct((), jnp.int32)),
+            State(places, moment_places, whole),
+        )
+
+    def init(self, params: PyTree) -> State:
+        """Places parameters (host arrays, float32) and fresh moments on the mesh."""
+        places = jax.tree.map(lambda x: x.sharding, self.abstract(params))
+        params = sharding.put(params, places.params)
+        moments = jax.jit(self.tx.init, out_shardings=places.opt_state)(params)
+        return State(params, moments, sharding.put(np.int32(0), places.step))
+
+    def train_step(self, state: State, batch: Pairs) -> tuple[State, dict[str, Array]]:
+        """One step of AdamW on everything; returns loss and norm of the gradient before the update, float32."""
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        loss, grads = jax.value_and_grad(self.loss)(state.params, batch, key)
+        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, opt_state, state.step + 1), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+
+    def loss(self, params: PyTree, batch: Pairs, key: Array) -> Float[Array, ""]:
+        """Flow-matching loss of a batch, some of whose prompts are replaced by the empty one."""
+        key_drop, key_flow = jax.random.split(key)
+        drop = jax.random.bernoulli(key_drop, self.cfg.drop_text, (len(batch.latents),))
+        text = jnp.where(drop[:, None, None], self.empty.text, batch.text)
+        count = jnp.where(drop[:, None], self.empty.count, batch.count)
+        tokens = len(batch.latents) * math.prod(self.wan.grid(batch.latents.shape)) // self.mesh.size
+        remat = tokens * self.wan.dim * self.wan.num_layers > MAX_KEPT
+        model = WanDiT(self.wan, self.attention, self.dtype, remat)
+
+        def velocity(x, t):
+            return model.apply({"params": params}, x, t, text, count)
+
+        return flow_matching_loss(velocity, batch.latents, key_flow, self.shift).mean()
+
+    def compile(self, state: State, batch: Pairs) -> Callable[[State, Pairs], tuple[State, dict[str, Array]]]:
+        """Returns `train_step` compiled for states and host batches like these; it uses up the state it is given."""
+        places = jax.tree.map(lambda x: x.sharding, state)
+        by_batch = sharding.batch_sharding(self.mesh, len(batch.latents))
+        step = jax.jit(
+            self.train_step,
+            in_shardings=(places, by_batch),
+            out_shardings=(places, sharding.replicated(self.mesh)),
+            donate_argnums=0,
+        )
+
+        def place(batch: Pairs) -> Pairs:
+            return sharding.put(batch, Pairs(by_batch, by_batch, by_batch))
+
+        compiled = step.lower(state, place(batch)).compile()
+        return lambda state, batch: compiled(state, place(batch))
+
+    def _learning_rate(self, count: Array) -> Array:
+        """Linear warm-up, whose first step is not lost to a rate of 0; then constant, as in the paper."""
+        return self.cfg.learning_rate * jnp.minimum((count + 1) / max(self.cfg.warmup, 1), 1.0)
+
+
+def train(trainer: Trainer, params: PyTree, pairs: Pairs, folder: Path) -> PyTree:
+    """Returns the trained parameters: from `params` or the last checkpoint in `folder` to the last step.
+
+    Ctrl-C and SIGTERM save a checkpoint after the step at hand and end the program.
+
+    Raises:
+        UserError: loss or gradient is not finite.
+    """
+    cfg, seed = trainer.cfg, trainer.seed
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        first, state = checkpoints.restore(trainer.abstract(params)) or (0, trainer.init(params))
+        if first:
+            print(f"finetune: continues after step {first}")
+        if first == cfg.steps:
+            return state.params
+        began = time.monotonic()
+        step = trainer.compile(state, batch_at(pairs, 0, cfg.batch, seed))
+        print(f"finetune: train step compiled in {duration(time.monotonic() - began)}", flush=True)
+        progress = Progress("finetune", cfg.steps, start=first)
+        with LossLog(folder / "loss.csv", first, AVERAGED) as log, Interruption() as interruption:
+            for n in range(first + 1, cfg.steps + 1):
+                state, metrics = step(state, batch_at(pairs, n - 1, cfg.batch, seed))
+                loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                    raise UserError(
+                        f"fine-tuning diverged at step {n}: loss {loss}, gradient norm {grad_norm}. Delete {folder} "
+                        f"and start again with a lower --config.finetune.learning_rate (now {cfg.learning_rate})"
+                    )
+                log.add(n, loss, grad_norm)
+                progress.update(n, loss=log.mean)
+                if interruption or n % cfg.save_every == 0 or n == cfg.steps:
+                    checkpoints.save(n, state)
+                if interruption:
+                    print(f"finetune: saving after step {n}", flush=True)
+                    interruption.stop()
+    return state.params

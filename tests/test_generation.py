@@ -1,0 +1,188 @@
+"""From prompts to videos: the whole way against diffusers' WanPipeline, and what the pieces promise."""
+
+import dataclasses
+import re
+import time
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from pipelines import FRAMES, SIZE, random_pipeline
+
+from hybrid_dit import generation
+from hybrid_dit.convert.pipeline import load_pipeline
+from hybrid_dit.errors import UserError
+from hybrid_dit.models.vae import VAEConfig
+from hybrid_dit.models.wan import WanConfig
+from hybrid_dit.ops.spec import AttentionSpec
+
+PROMPTS = ["a small red circle moving left on a gray background", "a large blue square moving up on a black background"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generation") / "pipeline"
+    random_pipeline(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return load_pipeline(folder)
+
+
+def shape_of(pipeline):
+    return generation.latent_shape(pipeline.wan, pipeline.vae, FRAMES, SIZE, SIZE)
+
+
+def generate(pipeline, prompts, noise, guidance=3.0, steps=4, attention=()):
+    generator = generation.Generator(pipeline, "unipc", steps, guidance, "float32")
+    context = generation.text_context(pipeline, [*prompts, ""])
+    positive, negative = (jax.tree.map(lambda a, s=s: a[s], context) for s in (slice(-1), slice(-1, None)))
+    return generator, generator.denoise(attention, pipeline.dit, noise, positive, negative)[0]
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_whole_generation_equals_diffusers(folder, pipeline, guidance):
+    torch.set_num_threads(1)
+    reference = diffusers.WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    noise = generation.noise_for(jax.random.key(5), shape_of(pipeline), [0, 1])
+
+    def theirs(output):
+        return reference(
+            prompt=PROMPTS,
+            negative_prompt=["", ""],
+            guidance_scale=guidance,
+            max_sequence_length=512,  # Wan's; diffusers' default of 226 gives other videos
+            height=SIZE,
+            width=SIZE,
+            num_frames=FRAMES,
+            num_inference_steps=8,
+            latents=torch.tensor(np.moveaxis(np.asarray(noise), -1, 1).copy()),  # which diffusers overwrites
+            output_type=output,
+        ).frames
+
+    generator, latents = generate(pipeline, PROMPTS, noise, guidance, steps=8)
+    expected = np.moveaxis(theirs("latent").numpy(), 1, -1)
+    # One velocity agrees within 1e-5 (tests/models/test_wan.py), guidance 3 weighs two of them by 3 and -2, and the
+    # steps' weights sum to 1: 5e-5. (Measured: 1e-6.)
+    assert np.linalg.norm(latents - expected) / np.linalg.norm(expected) < 5e-5
+
+    video, _ = generator.decode(latents)
+    assert video.dtype == np.uint8 and video.shape == (2, FRAMES, SIZE, SIZE, 3)
+    assert video.std() > 20  # there is a picture to compare
+    # Rounding to whole levels is off by half a level; the latents' difference adds hundredths.
+    e = np.abs(video - 255 * theirs("np")); f = np.abs(video - 255 * theirs("np")); print(e.max(axis=(2,3,4)), f.max(axis=(2,3,4)), video.min(), video.max(), [np.abs(generator.decode(latents)[0].astype(int) - video).max() for _ in range(3)], [np.abs(generator.decode(jnp.asarray(expected))[0].astype(int) - video).max() for _ in range(3)])
+    assert e.max() < 0.55
+
+
+def test_guidance_of_one_takes_half_the_forwards(pipeline):
+    forwards = [generation.Generator(pipeline, "euler", 7, g, "float32").forwards for g in (1.0, 3.0)]
+    assert forwards == [7, 14]
+
+
+def test_one_program_per_attention_whatever_the_parameters(pipeline, monkeypatch):
+    traces = []
+    original = generation.make_velocity
+
+    def counting(wan, attention, dtype):
+        velocity = original(wan, attention, dtype)
+
+        def wrapped(*args):
+            traces.append(attention)
+            time.sleep(0.5)  # part of tracing, hence of the first step alone
+            return velocity(*args)
+
+        return wrapped
+
+    monkeypatch.setattr(generation, "make_velocity", counting)
+    generator = generation.Generator(pipeline, "euler", 4, 1.0, "float32")
+    context = generation.text_context(pipeline, PROMPTS[:1])
+    noise = generation.noise_for(jax.random.key(0), shape_of(pipeline), [0])
+    other = jax.tree.map(lambda x: 1.5 * x, pipeline.dit)
+    first, seconds = generator.denoise((), pipeline.dit, noise, context, context)
+    second, _ = generator.denoise((), other, noise, context, context)
+    assert traces == [()]
+    assert np.abs(first - second).max() > 1e-3  # the parameters are not baked in
+    assert seconds < 0.5  # nor is tracing counted
+    generator.denoise((AttentionSpec(),) * 2, pipeline.dit, noise, context, context)
+    assert len(traces) == 2
+
+
+def test_a_text_does_not_depend_on_the_texts_beside_it(pipeline):
+    many = [f"a {size} {colour} circle" for size in ("small", "large") for colour in ("red", "blue")] * 5 + PROMPTS
+    assert len(many) > generation.TEXT_BATCH
+    text, count = generation.text_context(pipeline, many)
+    assert len(text) == len(count) == len(many)
+    for i in (0, generation.TEXT_BATCH, len(many) - 1):
+        alone, alone_count = generation.text_context(pipeline, [many[i]])
+        own = int(alone_count[0, :-1].sum())
+        assert int(count[i, :-1].sum()) == own and count[i].sum() == pipeline.text_tokens
+        # Another batch and padding change the order of float32 sums alone: values are of order 1.
+        np.testing.assert_allclose(text[i, :own], alone[0, :own], atol=1e-5)
+        assert not np.asarray(text[i, own:]).any()  # Wan's padding is zero
+
+
+def test_noise_of_a_sample_depends_on_key_and_index_alone():
+    key = generation.noise_key(0)
+    several = generation.noise_for(key, (2, 3), [4, 7])
+    np.testing.assert_array_equal(several[1], generation.noise_for(key, (2, 3), [7])[0])
+    assert np.abs(several[0] - several[1]).min() > 0
+    assert np.abs(generation.noise_for(generation.noise_key(1), (2, 3), [7])[0] - several[1]).min() > 0
+
+
+@pytest.mark.parametrize(
+    "size, message",
+    [
+        ((32, 32, 32), "frames=32 is not 4n + 1; the nearest are 29 and 33"),
+        ((0, 32, 32), "frames=0 is not 4n + 1; the nearest are 1 and 5"),
+        ((33, 40, 32), "height=40 is not a multiple of 16; the nearest are 32 and 48"),
+        ((33, 32, 8), "width=8 is not a multiple of 16"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_with_the_nearest(size, message):
+    wan = WanConfig(dim=24, num_heads=2, ffn_dim=8, num_layers=1)
+    with pytest.raises(UserError, match=re.escape(message)):
+        generation.latent_shape(wan, VAEConfig(), *size)
+
+
+def test_latent_shape_of_wans_video():
+    wan = WanConfig(dim=24, num_heads=2, ffn_dim=8, num_layers=1)
+    assert generation.latent_shape(wan, VAEConfig(), 81, 480, 832) == (21, 60, 104, 16)
+
+
+def test_encoding_and_decoding_are_normalised_alike(pipeline):
+    vae = dataclasses.replace(pipeline.vae, latents_mean=(1.0, 2.0, 3.0, 4.0), latents_std=(0.5, 1.0, 2.0, 4.0))
+    video = jax.random.uniform(jax.random.key(0), (1, 5, SIZE, SIZE, 3), minval=-1, maxval=1)
+    plain = generation.encode_video(pipeline.vae, pipeline.vae_params, video)
+    scaled = generation.encode_video(vae, pipeline.vae_params, video)
+    np.testing.assert_allclose(scaled, (plain - jnp.array(vae.latents_mean)) / jnp.array(vae.latents_std), atol=1e-5)
+    levels = [
+        generation.decode_to_uint8(v, pipeline.vae_params, z).astype(int)
+        for v, z in ((pipeline.vae, plain), (vae, scaled))
+    ]
+    assert np.abs(levels[0] - levels[1]).max() <= 1  # float32 rounding may move a value across a level's border
+
+
+@pytest.mark.parametrize(
+    "prompt, stem",
+    [
+        ("A cat, eating: fish?", "A cat, eating: fish?-0"),  # VBench looks for the prompt letter by letter
+        ("day/night\\dawn\nend", "day_night_dawn_end-0"),
+        ("..", "..-0"),
+    ],
+)
+def test_file_names_keep_the_prompt_where_they_can(prompt, stem, tmp_path):
+    assert generation.file_stem(prompt, 0) == stem
+    (tmp_path / f"{stem}.mp4").touch()
+    assert [f.name for f in tmp_path.iterdir()] == [f"{stem}.mp4"]
+
+
+def test_long_file_names_are_cut_at_a_character(tmp_path):
+    stem = generation.file_stem("猫" * 200, 12)
+    assert stem == "猫" * ((255 - len("-12.mp4")) // 3) + "-12"
+    (tmp_path / f"{stem}.mp4").touch()
