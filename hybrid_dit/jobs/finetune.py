@@ -20,13 +20,13 @@ from hybrid_dit import pictures, sharding, surgery
 from hybrid_dit.array_typing import Array, Float, PyTree
 from hybrid_dit.checkpoint import Checkpoints
 from hybrid_dit.convert.pipeline import Pipeline, load_pipeline, save_transformer
-from hybrid_dit.pairs import Pairs, batch_at, rendered_pairs
 from hybrid_dit.errors import UserError
 from hybrid_dit.flow import flow_matching_loss
 from hybrid_dit.interruption import Interruption
 from hybrid_dit.loss_log import LossLog, read_losses, running_mean
 from hybrid_dit.models.wan import WanConfig, WanDiT
 from hybrid_dit.ops.spec import AttentionSpec
+from hybrid_dit.pairs import Pairs, batch_at, rendered_pairs
 from hybrid_dit.progress import Progress, duration
 from hybrid_dit.surgery_io import CHOICE_FILE, MAPS_FILE, load_choice, load_maps, specs_from_config
 from hybrid_dit.workdir import Stage, require
