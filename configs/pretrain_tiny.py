@@ -43,10 +43,10 @@ def get_config() -> ConfigDict:
     c.dit.ffn_dim = 768
     c.dit.num_layers = 8
     c.dit.videos = 16_000  # rendered and encoded once
-    c.dit.steps = 7_000
+    c.dit.steps = 6_150
     c.dit.batch = 128
     c.dit.optimizer = "muon"  # muon or adamw
-    c.dit.learning_rate = 1e-3  # peak; cosine to 0
+    c.dit.learning_rate = 2e-3  # peak; cosine to 0
     c.dit.warmup = 300
     c.dit.weight_decay = 0.01
     c.dit.clip = 1.0  # global gradient norm
@@ -57,5 +57,5 @@ def get_config() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.videos = 256  # of held-out prompts
     c.eval.steps = 50
-    c.eval.guidance = (3.0, 5.0)
+    c.eval.guidance = (3.0,)
     return c

@@ -56,6 +56,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray], metad
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         safetensors.numpy.save_file(contiguous, temporary, metadata=dict(metadata))
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def read_json(path: str | Path) -> dict:

@@ -71,7 +71,7 @@ def attention_shape(config) -> cost.Shape:
     return cost.Shape(dim=wan.dim, heads=wan.num_heads, ffn=wan.ffn_dim, blocks=wan.num_layers, tokens=tokens)
 
 
-def parse_budget(text: str, block_costs: Mapping[str, float], blocks: int) -> float:
+def parse_budget(text: str | float, block_costs: Mapping[str, int | float], blocks: int) -> float | int:
     """Returns a budget in FLOPs of all blocks' self-attention.
 
     Args:

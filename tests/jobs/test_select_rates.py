@@ -1,0 +1,111 @@
+"""Stage 2 on made-up errors: the chosen rates, budgets in all spellings, the baseline, bad input."""
+
+import itertools
+import json
+
+import numpy as np
+import pipelines
+import pytest
+
+from configs import common
+from hybrid_dit import cost
+from hybrid_dit.errors import UserError
+from hybrid_dit.jobs import select_rates
+from hybrid_dit.ops.spec import AttentionSpec
+from hybrid_dit.surgery_io import load_choice, specs_from_config
+from hybrid_dit.workdir import Stage
+
+RATES = ("R2", "R8", "linear")
+# Frames and width large enough that every rate is cheaper than softmax with heads of 12.
+FRAMES, SIZE = 33, 128
+ERRORS = np.array([[0.1, 0.2, 0.3], [0.05, 0.4, 0.5], [0.3, 0.35, 0.36], [0.01, 0.02, 0.5]])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline") / "random"
+    pipelines.random_pipeline(folder, layers=len(ERRORS))
+    return folder
+
+
+def run(weights, workdir, budget):
+    config = common.get_config("select_rates", "tiny")
+    config.model.weights = str(weights)
+    config.model.frames, config.model.height, config.model.width = FRAMES, SIZE, SIZE
+    config.distill.rates = RATES
+    config.select.budget = budget
+    stage = Stage(workdir, "distill", config)
+    lines = ["block,rate,undistilled,distilled"]
+    lines += [f"{b},{rate},9,{ERRORS[b, r]}" for b in range(len(ERRORS)) for r, rate in enumerate(RATES)]
+    (stage.folder / "errors.csv").write_text("\n".join(lines))
+    stage.finish()
+    select_rates.run(config, workdir)
+    return config, json.loads((workdir / "select/rates.json").read_text())
+
+
+def costs(config):
+    shape = select_rates.attention_shape(config)
+    specs = {"softmax": AttentionSpec(), **specs_from_config(config.distill)}
+    return {name: cost.self_attention_flops(shape, cost.Attention.from_spec(s)) for name, s in specs.items()}
+
+
+def brute_force(config, budget):
+    table = costs(config)
+    labels = ["softmax", *RATES]
+    errors = np.concatenate([np.zeros((len(ERRORS), 1)), ERRORS], axis=1)
+    feasible = (
+        (sum(errors[b, r] for b, r in enumerate(choice)), sum(table[labels[r]] for r in choice), choice)
+        for choice in itertools.product(range(len(labels)), repeat=len(ERRORS))
+    )
+    error, spent, choice = min(c for c in feasible if c[1] <= budget)
+    return error, spent, [labels[r] for r in choice]
+
+
+@pytest.mark.parametrize("budget", ["2R8", "4R2", "0.8"])
+def test_rates_are_the_best_within_the_budget(weights, tmp_path, budget):
+    config, result = run(weights, tmp_path, budget)
+    table = costs(config)
+    limit = {
+        "2R8": 2 * table["R8"] + 2 * table["softmax"],
+        "4R2": 4 * table["R2"],
+        "0.8": 0.8 * 4 * table["softmax"],
+    }[budget]
+    error, spent, choice = brute_force(config, limit)
+    assert result["blocks"] == choice == load_choice(tmp_path / "select/rates.json")
+    assert result["cost"] == spent <= limit
+    assert result["predicted_error"] == pytest.approx(error)
+    assert result["attention_flops_saved"] == pytest.approx(1 - spent / (4 * table["softmax"]))
+    baseline = json.loads((tmp_path / "select/homogeneous.json").read_text())
+    assert len(set(baseline["blocks"]) - {"softmax"}) == 1  # one rate
+    assert baseline["cost"] <= limit and baseline["predicted_error"] >= error
+    assert {"rates.png", "pareto.png"} <= {p.name for p in (tmp_path / "select").iterdir()}
+
+
+def test_a_budget_out_of_reach_states_the_smallest_reachable(weights, tmp_path):
+    with pytest.raises(UserError, match="smallest") as caught:
+        run(weights, tmp_path, "0.01")
+    config = common.get_config("select_rates", "tiny")
+    config.model.weights = str(weights)
+    config.model.frames, config.model.height, config.model.width = FRAMES, SIZE, SIZE
+    smallest = 4 * min(costs(config).values())
+    assert f"{smallest:.3g}"[:4] in str(caught.value) or f"{smallest}" in str(caught.value)
+    assert not (tmp_path / "select/rates.json").exists()
+
+
+@pytest.mark.parametrize("budget", ["-3", "nan", "R4x", "9R4"])
+def test_nonsense_budgets_are_refused(weights, tmp_path, budget):
+    with pytest.raises(UserError, match="budget|convert|can't read"):
+        run(weights, tmp_path, budget)
+
+
+def test_missing_distillation_says_how_to_get_it(weights, tmp_path):
+    config = common.get_config("select_rates", "tiny")
+    config.model.weights = str(weights)
+    with pytest.raises(UserError, match="configs/distill.py"):
+        select_rates.run(config, tmp_path)
+
+
+def test_missing_errors_are_named(tmp_path):
+    (tmp_path / "errors.csv").write_text("block,rate,undistilled,distilled\n0,R2,1,1\n0,R8,1,1\n1,R2,1,1\n")
+    with pytest.raises(UserError, match="block 1 at R8"):
+        select_rates.read_errors(tmp_path / "errors.csv", ["R2", "R8"])
