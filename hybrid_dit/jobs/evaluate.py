@@ -134,11 +134,11 @@ def sample_all(config, generator: generation.Generator, pipeline: Pipeline, vari
     done = steps * sum(file.is_file() for group in files.values() for file in group)
     progress = Progress("evaluate", total, start=done)
     attentions = {}
-    for v, (name, attention, params) in enumerate(variants):
+    for name, attention, params in variants:
         attentions[name] = attention
         if all(file.is_file() for file in files[name]):
             continue
-        params = jax.device_put(params)
+        params, progress.label = jax.device_put(params), f"evaluate, {name}"
         for start, file in zip(starts, files[name]):
             if file.is_file():
                 continue
@@ -146,11 +146,11 @@ def sample_all(config, generator: generation.Generator, pipeline: Pipeline, vari
             latents, denoise = generator.denoise(
                 attention,
                 params,
-                generation.noise_for(key, shape, index),
+                generation.noise_for(key, shape, index.tolist()),
                 jax.tree.map(lambda a, rows=index: a[rows], context),
                 negative,
                 key=jax.random.fold_in(key, start),
-                on_step=lambda n, before=done, v=v: progress.update(before + n, variant=v + 1),
+                on_step=lambda n, before=done: progress.update(before + n),
             )
             done += steps
             videos, decode = generator.decode(latents)
