@@ -6,6 +6,7 @@ small JSON file with one label per block.
 
 import json
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +67,11 @@ def save_choice(
     path: str | Path,
     blocks: Sequence[str],
     *,
-    budget: str | float,
-    cost: float,
-    softmax_cost: float,
-    predicted_error: float,
-    attention_flops_saved: float,
+    budget: str | Real,
+    cost: Real,
+    softmax_cost: Real,
+    predicted_error: Real,
+    attention_flops_saved: Real,
 ) -> None:
     """Writes the selected rates.
 
