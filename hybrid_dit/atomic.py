@@ -4,10 +4,9 @@ import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-
-MARK = ".partial"
 
 
 @contextlib.contextmanager
@@ -18,8 +17,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}{MARK}{os.getpid()}{path.suffix}")
-    _remove(temporary)
+    # Hidden, short (prompts make long file names) and with the same ending, by which writers choose their format.
+    temporary = path.with_name(f".partial-{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
         if path.is_dir():

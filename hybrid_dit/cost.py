@@ -20,9 +20,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 
 from hybrid_dit.errors import UserError
-
-KINDS = ("softmax", "hybrid", "linear")
-FEATURE_MAPS = ("poly", "elu", "hedgehog")
+from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec, from_label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,45 +53,7 @@ class Shape:
         return self.dim // self.heads
 
 
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """What a block's self-attention is, as far as its cost goes.
-
-    Attributes:
-        kind: "softmax", "hybrid", or "linear" (S empty).
-        rate: R of a hybrid: every R-th token keeps softmax; 1 is plain softmax.
-        feature_map: "poly" (the paper's MLP), "elu" (no parameters, F = D) or "hedgehog" (one linear layer, F = 2 D).
-        degree: P of "poly": F = P·D features.
-        layers: depth of the "poly" MLP.
-    """
-
-    kind: str
-    rate: int = 1
-    feature_map: str = "poly"
-    degree: int = 2
-    layers: int = 2
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UserError(f"unknown kind of attention {self.kind!r}; choose one of {', '.join(KINDS)}")
-        if self.feature_map not in FEATURE_MAPS:
-            raise UserError(f"unknown feature map {self.feature_map!r}; choose one of {', '.join(FEATURE_MAPS)}")
-        if min(self.rate, self.degree, self.layers) < 1:
-            raise UserError(f"rate, degree and layers must be at least 1, got {self}")
-
-    @classmethod
-    def from_spec(cls, spec) -> "Attention":
-        """Returns the cost side of a `hybrid_dit.ops.AttentionSpec` (the token pattern and c_i don't cost)."""
-        phi = spec.feature_map
-        return cls(spec.kind, spec.rate, phi.kind, phi.degree, phi.layers)
-
-    @property
-    def is_softmax(self) -> bool:
-        """Whether no token is left to the linear part."""
-        return self.kind == "softmax" or (self.kind == "hybrid" and self.rate == 1)
-
-
-SOFTMAX = Attention("softmax")
+SOFTMAX = AttentionSpec()
 
 
 def wan_1_3b(tokens: int) -> Shape:
@@ -116,71 +76,65 @@ def video_tokens(frames: int, height: int, width: int) -> int:
     return ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
 
 
-def features(head_dim: int, attention: Attention) -> int:
-    """Returns F, the number of features of one head."""
-    return {"poly": attention.degree, "elu": 1, "hedgehog": 2}[attention.feature_map] * head_dim
+def features(head_dim: int, attention: AttentionSpec) -> int:
+    """Returns F, the number of features of one head.
+
+    Raises:
+        UserError: the FLOPs of this feature map are not known here.
+    """
+    phi = attention.feature_map
+    factors = {"poly": phi.degree, "elu": 1, "hedgehog": 2}
+    if phi.kind not in factors:
+        raise UserError(f"the cost of feature map {phi.kind!r} is unknown; known are {', '.join(factors)}")
+    return factors[phi.kind] * head_dim
 
 
-def phi_params(shape: Shape, attention: Attention) -> int:
+def phi_params(shape: Shape, attention: AttentionSpec) -> int:
     """Returns the parameters, biases included, of ONE feature map over all heads; a converted block has two."""
     weights, biases = _phi_sizes(shape, attention)
     return weights + biases
 
 
-def phi_flops(shape: Shape, attention: Attention) -> int:
+def phi_flops(shape: Shape, attention: AttentionSpec) -> int:
     """Returns the FLOPs of ONE feature map on all N tokens: 2 per weight and 1 per bias and token."""
     weights, biases = _phi_sizes(shape, attention)
     return shape.tokens * (2 * weights + biases)
 
 
-def attention_flops(shape: Shape, attention: Attention) -> int:
+def attention_flops(shape: Shape, attention: AttentionSpec) -> int:
     """Returns the FLOPs of the self-attention core: softmax part, both feature maps, linear part; no q, k, v, o."""
     n, d = shape.tokens, shape.dim
-    if attention.is_softmax:
+    if attention.kind == "softmax" or (attention.kind == "hybrid" and attention.rate == 1):  # nothing left to φ
         return 4 * n * n * d
     keys = math.ceil(n / attention.rate) if attention.kind == "hybrid" else 0
     state = 2 * n * features(shape.head_dim, attention) * d
     return 4 * n * keys * d + 2 * phi_flops(shape, attention) + 2 * state
 
 
-def self_attention_flops(shape: Shape, attention: Attention) -> int:
+def self_attention_flops(shape: Shape, attention: AttentionSpec) -> int:
     """Returns the FLOPs of self-attention with its q, k, v and o projections."""
     return 8 * shape.tokens * shape.dim**2 + attention_flops(shape, attention)
 
 
-def block_flops(shape: Shape, attention: Attention) -> int:
+def block_flops(shape: Shape, attention: AttentionSpec) -> int:
     """Returns the FLOPs of one block: self-attention, cross-attention (k, v over the text) and feed-forward."""
     n, m, d = shape.tokens, shape.text_tokens, shape.dim
     cross = 4 * n * d**2 + 4 * m * d**2 + 4 * n * m * d
     return self_attention_flops(shape, attention) + cross + 4 * n * d * shape.ffn
 
 
-def model_flops(shape: Shape, attentions: Sequence[Attention]) -> int:
-    """Returns the FLOPs of all blocks, one `Attention` each."""
+def model_flops(shape: Shape, attentions: Sequence[AttentionSpec]) -> int:
+    """Returns the FLOPs of all blocks, one `AttentionSpec` each."""
     if len(attentions) != shape.blocks:
         raise UserError(f"got the attention of {len(attentions)} blocks for a model of {shape.blocks}")
     return sum(block_flops(shape, a) for a in attentions)
 
 
-def parse_label(label: str, feature_map: str = "poly", degree: int = 2, layers: int = 2) -> Attention:
-    """Returns the attention of a label: "softmax" (or R1), "R2", "R4", ... (hybrids), or "linear"."""
-    if label in ("softmax", "linear"):
-        return Attention(label, 1, feature_map, degree, layers)
-    match = re.fullmatch(r"R([1-9]\d*)", label)
-    if not match:
-        raise UserError(f"unknown attention {label!r}; write softmax, R2, R4, R8, ... or linear")
-    return Attention("hybrid", int(match[1]), feature_map, degree, layers)
-
-
-def cost_table(shape: Shape, labels: Sequence[str], **feature_map) -> dict[str, int]:
-    """Returns {label: FLOPs of one block}, for the knapsack and for `named_budget`.
-
-    Args:
-        shape: of the model and video.
-        labels: as `parse_label` reads them.
-        **feature_map: feature_map, degree, layers of `parse_label`.
-    """
-    return {label: block_flops(shape, parse_label(label, **feature_map)) for label in labels}
+def cost_table(
+    shape: Shape, labels: Sequence[str], feature_map: FeatureMapSpec = SOFTMAX.feature_map
+) -> dict[str, int]:
+    """Returns {label: FLOPs of one block}, for the knapsack and for `named_budget`; labels as in `ops.spec`."""
+    return {label: block_flops(shape, from_label(label, feature_map=feature_map)) for label in labels}
 
 
 def named_budget(name: str, costs: Mapping[str, Real], blocks: int) -> float | int:
@@ -210,12 +164,12 @@ def parse_name(name: str) -> tuple[int, str]:
     return int(match[1]), match[2] or "linear"
 
 
-def _phi_sizes(shape: Shape, attention: Attention) -> tuple[int, int]:
+def _phi_sizes(shape: Shape, attention: AttentionSpec) -> tuple[int, int]:
     """Returns (weights, biases) of one feature map over all heads."""
-    d = shape.head_dim
-    if attention.feature_map == "elu":
+    d, phi = shape.head_dim, attention.feature_map
+    if phi.kind == "elu":
         return 0, 0
-    if attention.feature_map == "hedgehog":  # D -> D; softmax over [x, -x] doubles the features without parameters
+    if phi.kind == "hedgehog":  # D -> D; softmax over [x, -x] doubles the features without parameters
         return shape.heads * d * d, shape.heads * d
     f = features(d, attention)
-    return shape.heads * (d * f + (attention.layers - 1) * f * f), shape.heads * attention.layers * f
+    return shape.heads * (d * f + (phi.layers - 1) * f * f), shape.heads * phi.layers * f

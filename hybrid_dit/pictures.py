@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hybrid_dit.atomic import atomic_path
 from hybrid_dit.cost import parse_name
 from hybrid_dit.errors import UserError
-from hybrid_dit.video_io import replacing
 
 _DPI = 110
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe-Ito: colour-blind safe
@@ -198,7 +198,7 @@ def _save(figure, path: str | Path, title: str) -> None:
         characters = int(figure.get_figwidth() * 10.5)  # what a line of 12 pt holds
         figure.suptitle("\n".join(textwrap.wrap(title, characters)), fontsize=12, parse_math=False)
     FigureCanvasAgg(figure)
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI)
 
 

@@ -1,9 +1,5 @@
 """Videos as H.264 in MP4 files, written and read through PyAV (no ffmpeg program needed)."""
 
-import contextlib
-import os
-import uuid
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +8,7 @@ import numpy as np
 from av.video.reformatter import Interpolation
 from jaxtyping import UInt8
 
+from hybrid_dit.atomic import atomic_path
 from hybrid_dit.errors import UserError
 
 _BT601 = {"color_primaries": 6, "color_trc": 6, "colorspace": 6, "color_range": 1}  # H.264 Table E-3..E-5; 1: limited
@@ -19,23 +16,6 @@ _BT601 = {"color_primaries": 6, "color_trc": 6, "colorspace": 6, "color_range": 
 _CHROMA = (
     Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 )
-
-
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path next to `path` that takes its place on success and is deleted on failure.
-
-    A reader thus sees the old file, or the complete new one. Folders above are created. The temporary name is hidden,
-    short (prompts make long names) and keeps the extension, by which VBench recognises videos.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{uuid.uuid4().hex}{path.suffix}"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_mp4(path: str | Path, video: np.ndarray, fps: int | float = 16, crf: int = 12) -> None:
@@ -59,7 +39,7 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: int | float = 16, crf: i
     if height % 2 or width % 2:
         raise UserError(f"{path}: height and width must be even for H.264 with yuv420p, got {height}x{width}")
     # Files are passed open: libav would take "a: b.mp4" for the name of a protocol.
-    with replacing(path) as temporary, open(temporary, "wb") as file, av.open(file, "w", format="mp4") as container:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # chromaloc=1: colour samples lie amid their four pixels, where the conversion below puts them; H.264

@@ -1,10 +1,18 @@
-"""Shared set-up: 8 fake devices, float32 matmuls, and shape checks of every annotated function."""
+"""Shared set-up: 8 fake devices, one compilation cache per run, and shape checks of every annotated function."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # jobs that run twice (resume, child processes) compile once
+    cache = tempfile.mkdtemp(prefix="hybrid_dit_tests_")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 from jaxtyping import install_import_hook  # noqa: E402
 

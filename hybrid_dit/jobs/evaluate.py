@@ -174,7 +174,7 @@ def attention_flops(pipeline: Pipeline, shape, sampled: Mapping[str, Sampled], f
 
     def video(attention: tuple[AttentionSpec, ...]) -> int:
         specs = attention or (AttentionSpec(),) * wan.num_layers
-        return forwards * sum(cost.attention_flops(sizes, cost.Attention.from_spec(spec)) for spec in specs)
+        return forwards * sum(cost.attention_flops(sizes, spec) for spec in specs)
 
     return {name: video(result.attention) for name, result in sampled.items()}
 

@@ -26,7 +26,7 @@ def run(config, workdir: Path) -> None:
     shape = attention_shape(config)
     labels = ["softmax", *specs]
     block_costs = {
-        label: cost.self_attention_flops(shape, cost.Attention.from_spec(spec))
+        label: cost.self_attention_flops(shape, spec)
         for label, spec in {"softmax": AttentionSpec(), **specs}.items()
     }
     errors = read_errors(distilled / "errors.csv", list(specs))

@@ -48,7 +48,7 @@ def check(config) -> None:
     make_sampler(config.evaluate.sampler, config.evaluate.sample_steps, shift=1.0)
     shape = select_rates.attention_shape(config)
     specs = {"softmax": AttentionSpec(), **specs_from_config(config.distill)}
-    costs = {label: cost.self_attention_flops(shape, cost.Attention.from_spec(s)) for label, s in specs.items()}
+    costs = {label: cost.self_attention_flops(shape, s) for label, s in specs.items()}
     budget = select_rates.parse_budget(config.select.budget, costs, shape.blocks)
     table = np.tile(list(costs.values()), (shape.blocks, 1))
     try:

@@ -46,7 +46,7 @@ def run(weights, workdir, budget):
 def costs(config):
     shape = select_rates.attention_shape(config)
     specs = {"softmax": AttentionSpec(), **specs_from_config(config.distill)}
-    return {name: cost.self_attention_flops(shape, cost.Attention.from_spec(s)) for name, s in specs.items()}
+    return {name: cost.self_attention_flops(shape, s) for name, s in specs.items()}
 
 
 def brute_force(config, budget):
