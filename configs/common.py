@@ -9,7 +9,7 @@ MODELS = ("tiny", "wan_1_3b", "wan_14b")
 
 
 def get_config(job: str, model: str) -> ConfigDict:
-    """Returns all sections for `model`: numbers of the paper for the real ones, ones that fit 2 CPU cores for `tiny`."""
+    """Returns all sections for `model`: the numbers of the paper, or ones that fit 2 CPU cores for `tiny`."""
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}; choose one of {', '.join(MODELS)}")
     tiny = model == "tiny"
@@ -46,6 +46,7 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.distill.held_out_prompts = 2 if tiny else 8  # for the errors that selection uses
 
     c.select = ConfigDict()  # stage 2
+    c.select.rates = ("R2", "R4", "R8")  # candidates beside softmax (the paper's); distilled ones, linear if you like
     c.select.budget = "4R4" if tiny else "15R4"  # a name (15 blocks at R4), a share of softmax's FLOPs, or FLOPs
 
     c.finetune = ConfigDict()  # stage 3

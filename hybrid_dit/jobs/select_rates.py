@@ -22,14 +22,9 @@ def run(config, workdir: Path) -> None:
     if stage.done:
         print(f"select: complete in {stage.folder}")
         return
-    specs = specs_from_config(config.distill)
-    shape = attention_shape(config)
-    labels = ["softmax", *specs]
-    block_costs = {
-        label: cost.self_attention_flops(shape, spec)
-        for label, spec in {"softmax": AttentionSpec(), **specs}.items()
-    }
-    errors = read_errors(distilled / "errors.csv", list(specs))
+    block_costs = candidate_costs(config)
+    labels = list(block_costs)
+    errors = read_errors(distilled / "errors.csv", labels[1:])
     errors = np.concatenate([np.zeros((len(errors), 1)), errors], axis=1)
     blocks = len(errors)
     costs = np.tile(np.array([block_costs[label] for label in labels]), (blocks, 1))
@@ -61,6 +56,22 @@ def run(config, workdir: Path) -> None:
         title="Sum of block errors against cost",
     )
     stage.finish(blocks=[labels[c] for c in best.choice])
+
+
+def candidate_costs(config) -> dict[str, int]:
+    """Returns {label: FLOPs of one block's self-attention} for softmax and every rate of `select.rates`, in this order.
+
+    Raises:
+        UserError: a rate is not among those that stage 1 distils.
+    """
+    specs, shape = specs_from_config(config.distill), attention_shape(config)
+    missing = [label for label in config.select.rates if label not in specs]
+    if missing or not config.select.rates:
+        raise UserError(
+            f"select.rates={','.join(config.select.rates)} must name rates out of distill.rates={','.join(specs)}"
+        )
+    chosen = {"softmax": AttentionSpec(), **{label: specs[label] for label in config.select.rates}}
+    return {label: cost.self_attention_flops(shape, spec) for label, spec in chosen.items()}
 
 
 def attention_shape(config) -> cost.Shape:

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrid_dit import cost, jobs, knapsack
+from hybrid_dit import jobs, knapsack
 from hybrid_dit.errors import UserError
 from hybrid_dit.jobs import evaluate, select_rates
-from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.progress import duration
 from hybrid_dit.sampling import make_sampler
-from hybrid_dit.surgery_io import specs_from_config
 from hybrid_dit.workdir import Stage
 
 STAGES = {  # folder -> (job, what it does)
@@ -46,11 +44,10 @@ def check(config) -> None:
     """Raises UserError for settings of late stages that can't work, so that no early stage runs in vain."""
     evaluate.held_out(config)
     make_sampler(config.evaluate.sampler, config.evaluate.sample_steps, shift=1.0)
-    shape = select_rates.attention_shape(config)
-    specs = {"softmax": AttentionSpec(), **specs_from_config(config.distill)}
-    costs = {label: cost.self_attention_flops(shape, s) for label, s in specs.items()}
-    budget = select_rates.parse_budget(config.select.budget, costs, shape.blocks)
-    table = np.tile(list(costs.values()), (shape.blocks, 1))
+    costs = select_rates.candidate_costs(config)
+    blocks = select_rates.attention_shape(config).blocks
+    budget = select_rates.parse_budget(config.select.budget, costs, blocks)
+    table = np.tile(list(costs.values()), (blocks, 1))
     try:
         knapsack.solve(np.zeros(table.shape), table, budget)
     except UserError as error:

@@ -33,6 +33,7 @@ def run(weights, workdir, budget):
     config.model.weights = str(weights)
     config.model.frames, config.model.height, config.model.width = FRAMES, SIZE, SIZE
     config.distill.rates = RATES
+    config.select.rates = RATES
     config.select.budget = budget
     stage = Stage(workdir, "distill", config)
     lines = ["block,rate,undistilled,distilled"]
@@ -87,6 +88,7 @@ def test_a_budget_out_of_reach_states_the_smallest_reachable(weights, tmp_path):
     config = common.get_config("select_rates", "tiny")
     config.model.weights = str(weights)
     config.model.frames, config.model.height, config.model.width = FRAMES, SIZE, SIZE
+    config.distill.rates = RATES
     smallest = 4 * min(costs(config).values())
     assert f"{smallest:.3g}"[:4] in str(caught.value) or f"{smallest}" in str(caught.value)
     assert not (tmp_path / "select/rates.json").exists()
@@ -103,6 +105,17 @@ def test_missing_distillation_says_how_to_get_it(weights, tmp_path):
     config.model.weights = str(weights)
     with pytest.raises(UserError, match="configs/distill.py"):
         select_rates.run(config, tmp_path)
+
+
+def test_candidates_are_those_of_the_config_alone(weights, tmp_path):
+    # The linear column of ERRORS is the cheapest way to the budget, but the paper's candidates are the rates.
+    config = common.get_config("select_rates", "tiny")
+    config.model.weights = str(weights)
+    config.model.frames, config.model.height, config.model.width = FRAMES, SIZE, SIZE
+    assert list(select_rates.candidate_costs(config)) == ["softmax", "R2", "R4", "R8"]
+    config.select.rates = ("R2", "R16")
+    with pytest.raises(UserError, match="select.rates=R2,R16 must name rates out of distill.rates=R2,R4,R8,linear"):
+        select_rates.candidate_costs(config)
 
 
 def test_missing_errors_are_named(tmp_path):
