@@ -6,7 +6,9 @@ parameter can't end up somewhere by accident.
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -40,11 +42,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
-    """Splits the leading axis over the devices; replicates it, with a printed note, where that doesn't divide."""
-    if batch % mesh.size == 0:
-        return NamedSharding(mesh, PartitionSpec(AXIS))
-    print(f"note: a batch of {batch} does not divide over {mesh.size} devices; every device computes all of it")
-    return replicated(mesh)
+    """Splits the leading axis over the devices; where that doesn't divide, every device gets the whole batch."""
+    return replicated(mesh) if batch % mesh.size else NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def stacked_sharding(tree: PyTree, mesh: Mesh | None = None) -> PyTree:
@@ -81,6 +80,19 @@ def param_shardings(mesh: Mesh, params: Mapping, rules: Rules = DIT_RULES) -> Py
         fits = all(name is None or size % mesh.shape[name] == 0 for name, size in zip(hits[0], leaf.shape))
         out[path] = NamedSharding(mesh, hits[0] if fits else PartitionSpec())
     return _like(params, out)
+
+
+def split_activations(sharding: NamedSharding) -> AbstractContextManager:
+    """In this context, a model is traced such that outputs of dense layers have their leading (batch) axis split.
+
+    Without it XLA may choose to gather the activations of the whole batch and to split a matrix product instead.
+    """
+
+    def keep(layer, args, kwargs, context):
+        out = layer(*args, **kwargs)
+        return jax.lax.with_sharding_constraint(out, sharding) if isinstance(context.module, nn.Dense) else out
+
+    return nn.intercept_methods(keep)
 
 
 def put(tree: PyTree, shardings: PyTree) -> PyTree:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from hybrid_dit import pictures, sharding, surgery
 from hybrid_dit.array_typing import Array, Float, PyTree
@@ -149,10 +149,11 @@ class Trainer:
     def train_step(self, state: State, batch: Pairs) -> tuple[State, dict[str, Array]]:
         """One step of AdamW on everything; returns loss and norm of the gradient before the update, float32."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-        loss, grads = jax.value_and_grad(self.loss)(state.params, batch, key)
+        with sharding.split_activations(self._by_batch(batch)):
+            loss, grads = jax.value_and_grad(self.loss)(state.params, batch, key)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return State(params, opt_state, state.step + 1), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return State(params, opt_state, state.step + 1), {"loss": loss, "grad_norm": optax.tree_utils.tree_norm(grads)}
 
     def loss(self, params: PyTree, batch: Pairs, key: Array) -> Float[Array, ""]:
         """Flow-matching loss of a batch, some of whose prompts are replaced by the empty one."""
@@ -171,20 +172,27 @@ class Trainer:
 
     def compile(self, state: State, batch: Pairs) -> Callable[[State, Pairs], tuple[State, dict[str, Array]]]:
         """Returns `train_step` compiled for states and host batches like these; it uses up the state it is given."""
+        by_batch = self._by_batch(batch)
+        if by_batch.is_fully_replicated and self.mesh.size > 1:
+            print(
+                f"note: a batch of {len(batch.latents)} does not divide over {self.mesh.size} devices; "
+                "every one computes all of it"
+            )
+        compiled = self.lower(state, batch).compile()
+        return lambda state, batch: compiled(state, sharding.put(batch, Pairs(by_batch, by_batch, by_batch)))
+
+    def lower(self, state: State, batch: Pairs) -> jax.stages.Lowered:
+        """Returns `train_step` traced with explicit shardings; shapes of state and batch are enough."""
         places = jax.tree.map(lambda x: x.sharding, state)
-        by_batch = sharding.batch_sharding(self.mesh, len(batch.latents))
-        step = jax.jit(
+        return jax.jit(
             self.train_step,
-            in_shardings=(places, by_batch),
+            in_shardings=(places, self._by_batch(batch)),
             out_shardings=(places, sharding.replicated(self.mesh)),
             donate_argnums=0,
-        )
+        ).lower(state, batch)
 
-        def place(batch: Pairs) -> Pairs:
-            return sharding.put(batch, Pairs(by_batch, by_batch, by_batch))
-
-        compiled = step.lower(state, place(batch)).compile()
-        return lambda state, batch: compiled(state, place(batch))
+    def _by_batch(self, batch: Pairs) -> NamedSharding:
+        return sharding.batch_sharding(self.mesh, len(batch.latents))
 
     def _learning_rate(self, count: Array) -> Array:
         """Linear warm-up, whose first step is not lost to a rate of 0; then constant, as in the paper."""

@@ -1,0 +1,115 @@
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hybrid_dit import sharding
+from hybrid_dit.checkpoint import Checkpoints
+from hybrid_dit.errors import UserError
+
+
+def state(seed=0, devices=1):
+    """Parameters, AdamW's moments (named tuples), an integer, bfloat16, an empty subtree."""
+    place = sharding.stacked_sharding({"w": jnp.zeros((8, 3))}, sharding.data_mesh(jax.devices()[:devices]))["w"]
+    w = jax.device_put(jax.random.normal(jax.random.key(seed), (8, 3)), place)
+    params = {"w": w, "b": w.astype(jnp.bfloat16), "none": {}}
+    return {"params": params, "opt": optax.adamw(1e-3).init(params), "step": jnp.int32(seed)}
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_round_trip_is_exact_and_the_last_two_are_kept(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest is None and checkpoints.restore(state()) is None
+        for step in (1, 2, 3):
+            checkpoints.save(step, state(step))
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 3]
+    with Checkpoints(tmp_path) as checkpoints:
+        step, restored = checkpoints.restore(state())
+    assert step == 3
+    assert_equal(restored, state(3))
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8), (8, 4)])
+def test_another_number_of_devices(tmp_path, before, after):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state(1, before))
+    with Checkpoints(tmp_path) as checkpoints:
+        _, restored = checkpoints.restore(state(0, after))
+    assert_equal(restored, state(1))
+    assert len(restored["params"]["w"].sharding.device_set) == after
+
+
+def test_a_saved_state_may_be_donated_at_once(tmp_path):
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    with Checkpoints(tmp_path, keep=10) as checkpoints:
+        x = jnp.zeros(200_000)
+        for step in range(1, 6):
+            checkpoints.save(step, {"x": x})
+            x = add(x)
+        x.block_until_ready()
+    for step in range(5, 0, -1):
+        with Checkpoints(tmp_path, keep=10) as checkpoints:
+            latest, restored = checkpoints.restore({"x": x})
+        assert latest == step
+        np.testing.assert_array_equal(restored["x"], step - 1)
+        shutil.rmtree(tmp_path / str(step))
+
+
+def test_saving_the_same_step_again_is_harmless(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, state(1))
+        checkpoints.save(4, state(1))
+        assert checkpoints.latest == 4
+
+
+def test_a_save_that_was_killed_is_never_chosen(tmp_path):
+    # The child saves step after step, each in the background, until it is killed in the middle of it.
+    code = f"""
+import jax.numpy as jnp
+from hybrid_dit.checkpoint import Checkpoints
+checkpoints = Checkpoints({str(tmp_path)!r})
+for step in range(1, 1000):
+    checkpoints.save(step, {{"x": jnp.full(500_000, step, jnp.float32)}})
+"""
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (tmp_path / "3").is_dir():
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    (tmp_path / "2000.orbax-checkpoint-tmp").mkdir(exist_ok=True)  # what is left if no save was under way just then
+    with Checkpoints(tmp_path) as checkpoints:
+        step, restored = checkpoints.restore({"x": jnp.zeros(500_000)})
+    assert 3 <= step < 1000
+    np.testing.assert_array_equal(restored["x"], step)
+    assert not list(tmp_path.glob("*tmp*"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's threads, once collected
+def test_a_damaged_checkpoint_and_another_model_are_user_errors(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state(1))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="another model"):
+        checkpoints.restore({"other": jnp.zeros(3)})
+    for file in tmp_path.glob("1/default/**/d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="damaged"):
+        checkpoints.restore(state())
+    gc.collect()

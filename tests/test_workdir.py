@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from configs import common
+from hybrid_dit.errors import UserError
+from hybrid_dit.workdir import SECTIONS, Stage, require
+
+
+def settings(**changes):
+    config = common.get_config("distill", "tiny")
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return config
+
+
+def test_a_stage_continues_until_it_is_finished(tmp_path):
+    stage = Stage(tmp_path, "distill", settings())
+    assert stage.folder == tmp_path / "distill" and stage.folder.is_dir() and not stage.done
+    assert not Stage(tmp_path, "distill", settings()).done
+    stage.finish(error=0.5)
+    assert Stage(tmp_path, "distill", settings()).done
+    assert json.loads((stage.folder / "done.json").read_text()) == {"error": 0.5}
+
+
+def test_other_settings_are_an_error_that_shows_each_difference(tmp_path):
+    Stage(tmp_path, "distill", settings())
+    with pytest.raises(UserError) as info:
+        Stage(tmp_path, "distill", settings(seed=3, distill__degree=4, distill__rates=("R2",)))
+    text = str(info.value)
+    assert "distill.degree: 2 there, 4 in this command" in text and "seed: 0 there, 3" in text
+    assert "distill.rates" in text and "distill.layers" not in text and "--workdir" in text
+
+
+def test_settings_of_later_stages_do_not_matter(tmp_path):
+    Stage(tmp_path, "distill", settings())
+    Stage(tmp_path, "distill", settings(finetune__steps=7, select__budget="1R2"))
+    Stage(tmp_path, "finetune", settings())
+    with pytest.raises(UserError, match="select.budget"):
+        Stage(tmp_path, "finetune", settings(select__budget="1R2"))
+
+
+def test_every_stage_depends_on_what_the_stages_before_it_depend_on():
+    order = ["distill", "select", "finetune", "evaluate"]
+    for before, after in zip(order, order[1:]):
+        assert set(SECTIONS[before]) < set(SECTIONS[after])
+
+
+def test_require_wants_a_complete_stage(tmp_path):
+    for begin in (lambda: None, lambda: Stage(tmp_path, "distill", settings())):
+        begin()
+        with pytest.raises(UserError, match=r"distill is not complete; run --config=configs/distill\.py"):
+            require(tmp_path, "distill", settings())
+    Stage(tmp_path, "distill", settings()).finish()
+    assert require(tmp_path, "distill", settings()) == tmp_path / "distill"
+    with pytest.raises(UserError, match="other settings"):
+        require(tmp_path, "distill", settings(seed=1))
+
+
+def test_require_does_not_create_the_stage(tmp_path):
+    with pytest.raises(UserError):
+        require(tmp_path, "distill", settings())
+    assert list(tmp_path.iterdir()) == []
