@@ -61,7 +61,7 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.finetune.save_every = 20 if tiny else 100
 
     c.evaluate = ConfigDict()
-    c.evaluate.prompts = 6 if tiny else 0
+    c.evaluate.prompts = 6 if tiny else 4  # the first of the held-out ones
     c.evaluate.sampler = "unipc"
     c.evaluate.sample_steps = 20 if tiny else 50
     c.evaluate.guidance = 3.0 if tiny else 6.0

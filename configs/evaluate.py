@@ -1,7 +1,7 @@
 """Samples held-out prompts before and after every stage: score, likeness to the teacher, time, FLOPs. Needs stages 1-3.
 
 Run:    python -m hybrid_dit.main --config=configs/evaluate.py --workdir=runs/tiny
-Takes:  TODO
+Takes:  about 2 minutes on 2 CPU cores (tiny).
 Gives:  evaluate/results.csv and results.json, videos and contact sheets.
 """
 

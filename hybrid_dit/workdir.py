@@ -60,18 +60,24 @@ class Stage:
         write_json(self.folder / "done.json", summary)
 
 
+def is_done(workdir: Path, name: str, config) -> bool:
+    """Returns whether a stage is complete, without creating its folder.
+
+    Raises:
+        UserError: the stage was made with other settings.
+    """
+    return (workdir / name).is_dir() and Stage(workdir, name, config).done
+
+
 def require(workdir: Path, name: str, config) -> Path:
     """Returns the folder of a stage that must be complete.
 
     Raises:
-        UserError: it isn't; says how to make it.
+        UserError: it isn't (says how to make it), or it was made with other settings.
     """
-    stage = Stage(workdir, name, config) if (workdir / name).is_dir() else None
-    if stage is None or not stage.done:
-        raise UserError(
-            f"{workdir / name} is not complete; run --config=configs/{name}.py with this --workdir first"
-        )
-    return stage.folder
+    if not is_done(workdir, name, config):
+        raise UserError(f"{workdir / name} is not complete; run --config=configs/{name}.py with this --workdir first")
+    return workdir / name
 
 
 def _difference(there: dict, here: dict, prefix: str = "") -> list[str]:

@@ -23,11 +23,12 @@ from hybrid_dit.checkpoint import Checkpoints
 from hybrid_dit.convert.pipeline import Pipeline, load_pipeline
 from hybrid_dit.data.prompts import read_prompts
 from hybrid_dit.errors import UserError
+from hybrid_dit.interruption import Interruption
 from hybrid_dit.models.wan import WanConfig, WanDiT, captured_attention
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.progress import Progress
 from hybrid_dit.sampling import Sampler, make_sampler
-from hybrid_dit.sharding import stacked_sharding, to_host
+from hybrid_dit.sharding import data_mesh, replicated, stacked_sharding, to_host
 from hybrid_dit.surgery_io import MAPS_FILE, save_maps, specs_from_config
 from hybrid_dit.workdir import Stage
 
@@ -158,35 +159,43 @@ class Distiller:
 
 
 def _train(config, distiller: Distiller, pipeline: Pipeline, shape, prompts: list[str], folder: Path):
-    """Runs all trajectories from the last checkpoint on; returns (state, errors [steps, rates] of every step)."""
+    """Runs all trajectories from the last checkpoint on; returns (state, errors [steps, rates] of every step).
+
+    Ctrl-C and SIGTERM save after the step at hand; the state of a checkpoint includes the trajectory's latents.
+    """
     cfg = config.distill
     steps = cfg.sample_steps
     key = jax.random.key(config.seed + 1)
     abstract = jax.eval_shape(distiller.init, key)
     sharding = stacked_sharding(abstract)
     state = jax.jit(distiller.init, out_shardings=sharding)(jax.random.key(config.seed))
-    checkpoints = Checkpoints(folder / "checkpoints")
-    first, history = 0, []
-    restored = checkpoints.restore(state)
-    if restored is not None:
-        first, state = restored
-        history = _read_history(folder, first)
-        print(f"distill: continues after {first} steps")
-    step = jax.jit(distiller.step, donate_argnums=0, out_shardings=(sharding, None, None))
+    whole = replicated(data_mesh())
+    x = jax.device_put(generation.noise_for(key, shape, range(cfg.batch)), whole)
+    step = jax.jit(distiller.step, donate_argnums=0, out_shardings=(sharding, whole, whole))
     total = len(prompts) // cfg.batch * steps
-    progress = Progress("distill", total, start=first)
-    for start in range(first, total, steps):
-        batch = prompts[start // steps * cfg.batch :][: cfg.batch]
-        key_round = jax.random.fold_in(key, start // steps)
-        context = _contexts(pipeline, batch, config.model.negative_prompt)
-        x = generation.noise_for(key_round, shape, range(len(batch)))
-        for i in range(steps):
-            state, x, errors = step(state, pipeline.dit, x, i, context, key_round)
+    with Checkpoints(folder / "checkpoints") as checkpoints, Interruption() as interruption:
+        first, (state, x) = checkpoints.restore((state, x)) or (0, (state, x))
+        history = _read_history(folder, first) if first else []
+        if first:
+            print(f"distill: continues after {first} steps")
+        progress = Progress("distill", total, start=first)
+        for n in range(first, total):
+            trajectory, i = divmod(n, steps)
+            if i == 0 or n == first:
+                batch = prompts[trajectory * cfg.batch :][: cfg.batch]
+                context = _contexts(pipeline, batch, config.model.negative_prompt)
+                key_trajectory = jax.random.fold_in(key, trajectory)
+            if i == 0:
+                x = generation.noise_for(key_trajectory, shape, range(cfg.batch))
+            state, x, errors = step(state, pipeline.dit, x, i, context, key_trajectory)
             history.append([float(e.mean()) for e in errors.values()])
-            progress.update(start + i + 1, **{f"error {label}": v for label, v in zip(errors, history[-1])})
-        _write_history(folder, list(distiller.specs), history)
-        checkpoints.save(start + steps, state)
-    checkpoints.close()
+            progress.update(n + 1, **{f"error {label}": v for label, v in zip(errors, history[-1])})
+            if interruption or i == steps - 1:
+                _write_history(folder, list(distiller.specs), history)
+                checkpoints.save(n + 1, (state, x))
+            if interruption:
+                print(f"distill: saving after step {n + 1}", flush=True)
+                interruption.stop()
     return state, history
 
 

@@ -22,7 +22,7 @@ from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.progress import Progress
 from hybrid_dit.surgery_io import CHOICE_FILE, MAPS_FILE, load_choice, load_maps, specs_from_config
 from hybrid_dit.video_io import write_mp4
-from hybrid_dit.workdir import Stage, require
+from hybrid_dit.workdir import Stage, is_done, require
 
 VARIANTS = ("teacher", "undistilled", "distilled", "finetuned")
 
@@ -48,32 +48,45 @@ def run(config, workdir: Path) -> None:
     """Writes `results.json`, `results.csv`, `videos/<variant>/*.mp4` and `sheets/*.png`; prints the table."""
     prompts = held_out(config)
     folders = {name: require(workdir, name, config) for name in ("distill", "select", "finetune")}
-    pipeline = load_pipeline(config.model.weights)
+    if not is_done(workdir, "evaluate", config):
+        measure(config, workdir, prompts, folders)
+    folder = workdir / "evaluate"
+    print(to_table(read_json(folder / "results.json")))
+    print(f"videos, sheets and results: {folder}")
+
+
+def measure(config, workdir: Path, prompts: list[str], folders: Mapping[str, Path]) -> None:
+    """Samples all variants and writes everything.
+
+    Args:
+        config: of the run.
+        workdir: of the run.
+        prompts: to sample.
+        folders: of the stages distill, select and finetune.
+    """
     model, cfg = config.model, config.evaluate
+    pipeline = load_pipeline(model.weights)
     shape = generation.latent_shape(pipeline.wan, pipeline.vae, model.frames, model.height, model.width)
     generator = generation.Generator(pipeline, cfg.sampler, cfg.sample_steps, cfg.guidance, model.compute_dtype)
     stage = Stage(workdir, "evaluate", config)
-    if not stage.done:
-        variants = load_variants(config, pipeline, folders)
-        sampled = sample_all(config, generator, pipeline, variants, prompts, shape, stage.folder / "cache")
-        attention_cost = attention_flops(pipeline, shape, sampled, generator.forwards)
-        results = {
-            "machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
-            "videos": len(prompts),
-            "sampler": f"{cfg.sampler}, {cfg.sample_steps} steps, guidance {cfg.guidance:g}",
-            "variants": summarise(sampled, scenes_of(prompts, model), attention_cost),
-        }
+    variants = load_variants(config, pipeline, folders)
+    sampled = sample_all(config, generator, pipeline, variants, prompts, shape, stage.folder / "cache")
+    flops = attention_flops(pipeline, shape, sampled, generator.forwards)
+    results = {
+        "machine": f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
+        "videos": len(prompts),
+        "sampler": f"{cfg.sampler}, {cfg.sample_steps} steps, guidance {cfg.guidance:g}",
+        "variants": summarise(sampled, scenes_of(prompts, model), flops),
+    }
+    for i, prompt in enumerate(prompts):
+        stem = generation.file_stem(prompt, i)
         for name, result in sampled.items():
-            for i, (prompt, video) in enumerate(zip(prompts, result.videos)):
-                write_mp4(stage.folder / "videos" / name / f"{generation.file_stem(prompt, i)}.mp4", video)
-        for i, prompt in enumerate(prompts):
-            sheet = stage.folder / "sheets" / f"{generation.file_stem(prompt, i)}.png"
-            pictures.contact_sheet(sheet, {name: r.videos[i] for name, r in sampled.items()}, title=prompt)
-        write_text(stage.folder / "results.csv", to_csv(results))
-        write_json(stage.folder / "results.json", results)
-        stage.finish()
-    print(to_table(read_json(stage.folder / "results.json")))
-    print(f"videos, sheets and results: {stage.folder}")
+            write_mp4(stage.folder / "videos" / name / f"{stem}.mp4", result.videos[i])
+        rows = {name: result.videos[i] for name, result in sampled.items()}
+        pictures.contact_sheet(stage.folder / "sheets" / f"{stem}.png", rows, title=prompt)
+    write_text(stage.folder / "results.csv", to_csv(results))
+    write_json(stage.folder / "results.json", results)
+    stage.finish()
 
 
 def held_out(config) -> list[str]:
@@ -209,7 +222,8 @@ def summarise(sampled: Mapping[str, Sampled], scenes: Sequence[Scene] | None, fl
 
 def psnr(videos: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Returns 10 log10(255² / mean squared error) of every uint8 video [n, t, y, x, 3], float64; 100 dB at most."""
-    error = np.square(videos.astype(np.float32) - reference).mean(axis=(1, 2, 3, 4), dtype=np.float64)
+    pairs = zip(videos, reference)  # one by one: float copies of all of them may not fit
+    error = np.array([np.square(a.astype(np.float32) - b).mean(dtype=np.float64) for a, b in pairs])
     return 10 * np.log10(255**2 / np.maximum(error, 255**2 * 1e-10))  # a limit, so that means of equal videos exist
 
 

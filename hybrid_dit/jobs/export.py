@@ -9,22 +9,22 @@ from hybrid_dit.atomic import write_json
 from hybrid_dit.convert import tables
 from hybrid_dit.convert.pipeline import Pipeline, load_pipeline, load_transformer, save_pipeline
 from hybrid_dit.errors import UserError
-from hybrid_dit.workdir import Stage, require
+from hybrid_dit.workdir import Stage, is_done, require
 
 FOLDER = "pipeline"
 
 
 def run(config, workdir: Path) -> None:
     """Writes `export/pipeline`, a pipeline folder in diffusers' layout in float32, and `export/summary.json`."""
+    folder = workdir / "export" / FOLDER
     tuned = require(workdir, "finetune", config)
+    if is_done(workdir, "export", config):
+        print(f"export: complete in {folder}")
+        return
     teacher = load_pipeline(config.model.weights)
     _, attention, params = load_transformer(tuned / "transformer")
     hybrid = dataclasses.replace(teacher, attention=attention, dit=params)
     stage = Stage(workdir, "export", config)
-    folder = stage.folder / FOLDER
-    if stage.done:
-        print(f"export: complete in {folder}")
-        return
     save_pipeline(folder, hybrid, "float32")
     check_equal(hybrid, load_pipeline(folder), folder)
     write_json(stage.folder / "summary.json", summary(hybrid, folder))
@@ -65,5 +65,5 @@ def summary(pipeline: Pipeline, folder: Path) -> dict:
         "dtype": "float32",
         "checked": "read back, all parameters bit-equal",
         "files": {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()},
-        "read": 'hybrid_dit.convert.pipeline.load_pipeline(FOLDER), or --config.model.weights=FOLDER',
+        "read": "hybrid_dit.convert.pipeline.load_pipeline(FOLDER), or --config.model.weights=FOLDER",
     }

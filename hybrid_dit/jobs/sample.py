@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from hybrid_dit import generation, pictures
-from hybrid_dit.convert.pipeline import load_pipeline, load_transformer
+from hybrid_dit.convert.pipeline import load_pipeline, load_pipeline_config, load_transformer
 from hybrid_dit.data.prompts import read_prompts
 from hybrid_dit.errors import UserError
 from hybrid_dit.progress import Progress
 from hybrid_dit.video_io import write_mp4
-from hybrid_dit.workdir import Stage, require
+from hybrid_dit.workdir import Stage, is_done, require
 
 VARIANTS = ("teacher", "finetuned")
 _WHICH = ("prompt", "prompts", "names", "first", "samples")  # settings that decide which videos, not how they look
@@ -31,17 +31,12 @@ def run(config, workdir: Path) -> None:
     if cfg.batch < 1 or cfg.samples < 1 or cfg.first < 0:
         raise UserError("sample.batch and sample.samples must be at least 1, sample.first at least 0 (0 means all)")
     prompts = wanted(cfg)
-    tuned = require(workdir, "finetune", config) if cfg.variant == "finetuned" else None
-    pipeline = load_pipeline(config.model.weights)
     model = config.model
-    shape = generation.latent_shape(pipeline.wan, pipeline.vae, model.frames, model.height, model.width)
-    attention, params = pipeline.attention, pipeline.dit
-    if tuned is not None:
-        _, attention, params = load_transformer(tuned / "transformer")
-    generator = generation.Generator(pipeline, cfg.sampler, cfg.sample_steps, cfg.guidance, model.compute_dtype)
-
-    stage = Stage(workdir, f"sample_{cfg.variant}", _settings(config))
-    videos, sheets = stage.folder / "videos", stage.folder / "sheets"
+    shape = generation.latent_shape(*load_pipeline_config(model.weights), model.frames, model.height, model.width)
+    tuned = require(workdir, "finetune", config) if cfg.variant == "finetuned" else None
+    stage, settings = f"sample_{cfg.variant}", _settings(config)
+    is_done(workdir, stage, settings)  # other settings are told before weights are read
+    videos, sheets = workdir / stage / "videos", workdir / stage / "sheets"
     _remove_interrupted(videos)
     todo = [
         (name, prompt, i)
@@ -53,6 +48,13 @@ def run(config, workdir: Path) -> None:
     print(f"sample: {total} videos with the {cfg.variant}, {total - len(todo)} of them in {videos} already")
     if not todo:
         return
+
+    pipeline = load_pipeline(model.weights)
+    attention, params = pipeline.attention, pipeline.dit
+    if tuned is not None:
+        _, attention, params = load_transformer(tuned / "transformer")
+    generator = generation.Generator(pipeline, cfg.sampler, cfg.sample_steps, cfg.guidance, model.compute_dtype)
+    Stage(workdir, stage, settings)
 
     texts = list(dict.fromkeys(prompt for _, prompt, _ in todo))
     context = generation.text_context(pipeline, [*texts, model.negative_prompt])

@@ -10,7 +10,7 @@ from hybrid_dit.errors import UserError
 from hybrid_dit.jobs import evaluate, select_rates
 from hybrid_dit.progress import duration
 from hybrid_dit.sampling import make_sampler
-from hybrid_dit.workdir import Stage
+from hybrid_dit.workdir import is_done
 
 STAGES = {  # folder -> (job, what it does)
     "distill": ("distill", "train feature maps of every block and rate to copy softmax attention"),
@@ -28,7 +28,7 @@ def run(config, workdir: Path) -> None:
         UserError: as the stages; what can be told from the settings is raised before any work.
     """
     check(config)
-    done = {folder: (workdir / folder).is_dir() and Stage(workdir, folder, config).done for folder in STAGES}
+    done = {folder: is_done(workdir, folder, config) for folder in STAGES}
     began = time.monotonic()
     for n, (folder, (job, what)) in enumerate(STAGES.items(), start=1):
         elapsed = duration(time.monotonic() - began)

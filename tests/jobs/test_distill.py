@@ -1,6 +1,8 @@
 """Stage 1 on a tiny random pipeline: one step against a naive loop, learning, resume, outputs, bad input."""
 
 import csv
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -125,24 +127,22 @@ def test_the_job_lowers_errors_writes_its_files_and_resumes_exactly(weights, tmp
     before, after = (np.array([float(r[name]) for r in rows]) for name in ("undistilled", "distilled"))
     assert after.mean() < 0.9 * before.mean()  # random q, k, v are hard to fit; what is fitted must carry over
 
-    # Stop after the first trajectory, then run again.
-    calls = []
+    # Interrupted by a signal in the middle of the second trajectory, then run again.
+    original = distill.Progress.update
 
-    def interrupted(pipeline_, prompts, negative):
-        calls.append(prompts)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return contexts(pipeline_, prompts, negative)
+    def signal_at_step_13(self, done, **values):
+        if self.label == "distill" and done == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, done, **values)
 
-    contexts = distill._contexts
-    monkeypatch.setattr(distill, "_contexts", interrupted)
+    monkeypatch.setattr(distill.Progress, "update", signal_at_step_13)
     with pytest.raises(KeyboardInterrupt):
         distill.run(config, tmp_path / "resumed")
     assert not (tmp_path / "resumed/distill/maps.safetensors").exists()
-    monkeypatch.setattr(distill, "_contexts", contexts)
+    monkeypatch.setattr(distill.Progress, "update", original)
     capsys.readouterr()
     distill.run(config, tmp_path / "resumed")
-    assert "continues after 10 steps" in capsys.readouterr().out
+    assert "continues after 13 steps" in capsys.readouterr().out
     for name in ("errors.csv", "loss.csv"):
         assert (tmp_path / "resumed/distill" / name).read_text() == (out / name).read_text()
     one, two = (jax.tree.leaves(load_maps(tmp_path / w / "distill" / MAPS_FILE)) for w in ("whole", "resumed"))

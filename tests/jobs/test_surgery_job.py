@@ -7,6 +7,7 @@ from hybrid_dit import jobs
 from hybrid_dit.convert.pipeline import load_pipeline
 from hybrid_dit.errors import UserError
 from hybrid_dit.jobs import distill, surgery
+from hybrid_dit.workdir import Stage
 
 SHORT = {
     "model__height": 64,  # at 12 tokens softmax would be the cheapest
@@ -68,7 +69,7 @@ def test_goes_on_at_the_stage_that_was_interrupted(tmp_path, monkeypatch, capsys
         def run(self, config, workdir):
             ran.append(self.name)
             folder = next(folder for folder, (job, _) in surgery.STAGES.items() if job == self.name)
-            stage = surgery.Stage(workdir, folder, config)
+            stage = Stage(workdir, folder, config)
             if len(ran) == 3:
                 raise KeyboardInterrupt
             stage.finish()

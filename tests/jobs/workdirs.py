@@ -42,6 +42,7 @@ def tiny_config(job: str, root: Path, **values):
         "prompts.train": prompts,
         "prompts.held_out": prompts,
         "distill.rates": "R2,linear",
+        "select.rates": "R2,linear",
         "select.budget": "1R2",
         "evaluate.prompts": len(PROMPTS),
         "evaluate.sample_steps": 2,
