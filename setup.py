@@ -22,7 +22,7 @@ setup(
         "ml-collections>=1.0",
         "ml-dtypes",
         "numpy",
-        "optax",
+        "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
         "pillow",
         "safetensors",

@@ -161,6 +161,8 @@ class WanDiT(nn.Module):
             keys = jax.random.split(key, cfg.num_layers)
             return jax.vmap(lambda k: feature_maps.init(k, cfg.num_heads, cfg.head_dim, spec))(keys)
 
+        if not jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))):
+            return {"q": {}, "k": {}}  # a fixed map such as elu
         return self.param("feature_maps", init)
 
 

@@ -6,16 +6,19 @@ import shutil
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from pipelines import random_like, random_pipeline
 
+from hybrid_dit import surgery
 from hybrid_dit.convert import hybrid, pipeline, tables
 from hybrid_dit.convert.files import Weights
 from hybrid_dit.errors import UserError
-from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
+from hybrid_dit.models.wan import WanDiT
+from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec, from_label
 
 SPEC = AttentionSpec("hybrid", 4, "lattice", FeatureMapSpec("poly", 3, 1), "lse")
 
@@ -152,3 +155,18 @@ def test_sizes_are_read_without_weights(folder, teacher, tmp_path):
     assert pipeline.load_pipeline_config(tmp_path / "out") == (teacher.wan, teacher.vae)
     with pytest.raises(UserError, match="--config.model.weights"):
         pipeline.load_pipeline_config("")
+
+
+def test_a_hybrid_with_a_fixed_feature_map_survives_the_round_trip_and_runs(teacher, tmp_path):
+    attention = (from_label("linear", feature_map=FeatureMapSpec("elu")), *[AttentionSpec()] * 2)
+    maps = surgery.init_maps(jax.random.key(0), teacher.wan, attention[0])
+    specs = {"linear": attention[0]}
+    hybrid_specs, params = surgery.assemble(teacher.dit, {"linear": maps}, ["linear", "softmax", "softmax"], specs)
+    pipeline.save_transformer(tmp_path / "transformer", teacher.wan, hybrid_specs, params)
+    wan, read_specs, read = pipeline.load_transformer(tmp_path / "transformer")
+    assert read_specs == hybrid_specs == attention
+    x = jax.random.normal(jax.random.key(1), (1, 1, 4, 4, wan.in_channels))
+    text = jnp.ones((1, 2, wan.text_dim))
+    outs = [WanDiT(wan, attention).apply({"params": p}, x, jnp.ones(1), text) for p in (params, read)]
+    np.testing.assert_array_equal(*outs)
+    assert not np.allclose(outs[0], WanDiT(wan).apply({"params": teacher.dit}, x, jnp.ones(1), text))
