@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_dit.ops import feature_maps
-from hybrid_dit.ops.attention import attention, combine, linear_part, softmax_part
+from hybrid_dit.ops.hybrid import attention, combine, linear_part, softmax_part
 from hybrid_dit.ops.spec import from_label
 
 GRID, HEADS, DIM, BATCH, BLOCKS = (9, 8, 8), 8, 24, 2, 8

@@ -13,7 +13,7 @@ from hybrid_dit.array_typing import Array, Float, PyTree
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig
 from hybrid_dit.ops import feature_maps
-from hybrid_dit.ops.attention import combine, linear_part, softmax_part
+from hybrid_dit.ops.hybrid import combine, linear_part, softmax_part
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid, linear_mask
 

@@ -80,7 +80,7 @@ def test_the_teacher_denoises_what_it_was_not_trained_on(pipeline):
 
 @pytest.mark.parametrize("steps", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_diffusers_makes_the_same_video(pipeline, steps):
-    reference = diffusers.WanPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    reference = diffusers.WanPipeline.from_pretrained(FOLDER, dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
     noise = generation.noise_for(jax.random.key(3), latent_shape(pipeline), [0])
     theirs = reference(

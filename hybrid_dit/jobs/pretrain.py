@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hybrid_dit import generation, scoring
+from hybrid_dit import generation, pictures, scoring
 from hybrid_dit.atomic import write_json
 from hybrid_dit.convert import tables
 from hybrid_dit.convert.files import Weights, read_json, write_safetensors
@@ -31,7 +31,10 @@ from hybrid_dit.sampling import guided, make_sampler, sample
 
 
 def run(config, workdir: Path) -> None:
-    """Trains, evaluates on held-out prompts and writes `workdir/wan-tiny` with `training.json` and `loss.png`."""
+    """Trains, evaluates on held-out prompts and writes `workdir/wan-tiny` with `training.json` and `loss.png`.
+
+    The VAE is kept in `workdir/vae`, so that a second run trains the DiT alone.
+    """
     began = time.time()
     rng = np.random.default_rng(config.seed)
     vae_config, vae_params, vae_losses = train_vae_once(config, workdir / "vae", rng)
@@ -54,9 +57,7 @@ def run(config, workdir: Path) -> None:
         "vae_loss": {"step": [int(s) for s, _ in vae_losses], "value": [round(float(v), 5) for _, v in vae_losses]},
     }
     write_json(folder / "training.json", record)
-    from hybrid_dit import pictures
-
-    curves = {"DiT: flow matching": tuple(zip(*losses)), "VAE: |error| + KL": tuple(zip(*vae_losses))}
+    curves = {"DiT: flow matching": tuple(np.array(losses).T), "VAE: error + KL": tuple(np.array(vae_losses).T)}
     pictures.loss_curves(folder / "loss.png", curves)
     print(f"scores on held-out prompts: {record['scores']}")
 
@@ -113,7 +114,7 @@ def train_vae(config, rng: np.random.Generator):
         return jax.lax.scan(step, state, (placements, jax.random.split(key, config.chunk)))
 
     state, losses = (params, tx.init(params)), []
-    progress = Progress("VAE", total, every=10)
+    progress = Progress("VAE", total, every=10.0)
     for start in range(0, total, config.chunk):
         whole = start >= cfg.steps
         batch = cfg.whole_batch if whole else cfg.batch
@@ -153,7 +154,7 @@ def make_latents(config, rng: np.random.Generator, vae_config: VAEConfig, params
     scenes = [shapes.sample_scene(rng, "train", config.two_objects) for _ in range(config.dit.videos)]
     placements = shapes.place_batch(scenes, rng, config.frames, config.size)
     means, spread = [], []
-    progress = Progress("encode", len(scenes), "video", every=10)
+    progress = Progress("encode", len(scenes), "video", every=10.0)
     for start in range(0, len(scenes), batch):
         part = jax.tree.map(lambda a, s=start: a[np.arange(s, s + batch) % len(scenes)], placements)
         mean, logvar = encode(params, part)
@@ -238,7 +239,7 @@ def train_dit(config, workdir: Path, scenes, latents, vae_config: VAEConfig, vae
         return jax.lax.scan(step, state, first + jnp.arange(config.chunk))
 
     state, losses = (params, jax.tree.map(jnp.copy, params), tx.init(params)), []
-    progress = Progress("DiT", cfg.steps, every=10)
+    progress = Progress("DiT", cfg.steps, every=10.0)
     for start in range(0, cfg.steps, config.chunk):
         state, values = chunk(state, start, latents, ids, lengths)
         losses.append((start + config.chunk, float(values.mean())))

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from hybrid_dit.array_typing import Array, DTypeLike, Float
+from hybrid_dit.array_typing import Array, DTypeLike, Float, Int
 from hybrid_dit.errors import UserError
 from hybrid_dit.ops import feature_maps
-from hybrid_dit.ops.attention import attention
+from hybrid_dit.ops.hybrid import attention
 from hybrid_dit.ops.rope import apply_rope, rope_table
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid
@@ -288,7 +288,7 @@ def timestep_embedding(timestep: Float[Array, "b"], dim: int) -> Float[Array, "b
 
 
 def pack_text(
-    embeddings: Float[Array, "b l e"], lengths: np.ndarray, text_tokens: int
+    embeddings: Float[Array, "b l e"], lengths: Int[Array, "b"], text_tokens: int
 ) -> tuple[Float[Array, "b m e"], Float[Array, "b m"]]:
     """Replaces the zero rows that pad every prompt to `text_tokens` by one row and its multiplicity; exact.
 

@@ -15,7 +15,7 @@ import pytest
 from oracle import Point
 
 from hybrid_dit.ops import feature_maps, softmax
-from hybrid_dit.ops.attention import attention, combine, linear_part, softmax_part
+from hybrid_dit.ops.hybrid import attention, combine, linear_part, softmax_part
 from hybrid_dit.ops.spec import PATTERNS, STABILISERS, AttentionSpec, FeatureMapSpec
 
 U32, U16 = 2.0**-24, 2.0**-8  # unit roundoff of float32 and bfloat16
