@@ -1,0 +1,188 @@
+"""Reading safetensors: 8 bytes of header length, a JSON header, then the tensors' bytes without gap or overlap.
+
+Format: https://github.com/huggingface/safetensors#format. The reader is our own because the library maps the file,
+which keeps the whole of it resident beside the arrays made from it, and reads whole tensors or strided slices only.
+Nothing of the header is trusted: once a file is open, every tensor's bytes are known to lie inside it.
+"""
+
+import itertools
+import math
+import os
+import stat
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from hybrid_dit.convert.json_file import parse_object, shown
+from hybrid_dit.errors import UserError
+
+DTYPES: dict[str, np.dtype] = {  # safetensors' names; those of less than a byte (F4, F6_...) are of no use here
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "C64": np.dtype(np.complex64),
+}
+METADATA = "__metadata__"
+# The library allows 100 MB. Wan 14B needs 0.15 MB; what JSON may grow to in memory (20x and more) sets ours.
+MAX_HEADER = 10_000_000
+MAX_DIMS = 32  # NumPy 1's limit
+
+
+class SafetensorsFile:
+    """One open file.
+
+    Attributes:
+        path: the file.
+        shapes: name -> shape, in the order of the data.
+        dtypes: name -> dtype as safetensors writes it.
+        metadata: free text that the writer left.
+        notes: nothing, as far as this format goes.
+    """
+
+    def __init__(self, path: Path):
+        """Opens a file and checks its whole header.
+
+        Raises:
+            UserError: it can't be read, or anything in it contradicts the format or the file's size.
+        """
+        self.path = path
+        self.notes: tuple[str, ...] = ()
+        self._fd, size = _open(path)
+        weakref.finalize(self, os.close, self._fd)
+        header, self._data = self._read_header(size)
+        self.metadata = self._checked_metadata(header.pop(METADATA, {}))
+        ranges = {name: self._checked(name, info) for name, info in header.items()}
+        ordered = sorted(ranges, key=ranges.__getitem__)  # by begin, then end: empty tensors come first
+        self._check_tiling(ordered, ranges, size - self._data)
+        self.shapes = {name: tuple(header[name]["shape"]) for name in ordered}
+        self.dtypes = {name: header[name]["dtype"] for name in ordered}
+        self._begin = {name: ranges[name][0] for name in ordered}
+
+    def read(self, name: str, ranges: tuple[range, ...]) -> np.ndarray:
+        """Returns the part of one tensor that `ranges` (one per axis, step 1) select, reading its bytes alone.
+
+        Raises:
+            UserError: the disk fails, or the file has become shorter since it was opened.
+        """
+        shape, dtype = self.shapes[name], DTYPES[self.dtypes[name]]
+        array = np.empty([len(r) for r in ranges], dtype)
+        target = array.reshape(-1).view(np.uint8)
+        # Axes that are taken whole join the run of the axis before them; each step along the others is a run.
+        axis = next((i for i in reversed(range(len(shape))) if len(ranges[i]) != shape[i]), 0)
+        strides = [dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        first = ranges[axis].start * strides[axis] if shape else 0
+        length = len(ranges[axis]) * strides[axis] if shape else dtype.itemsize
+        filled = 0
+        for outer in itertools.product(*ranges[:axis]) if target.size else ():
+            offset = self._data + self._begin[name] + first + sum(i * s for i, s in zip(outer, strides))
+            self._read_into(target[filled : filled + length], offset, name)
+            filled += length
+        return array
+
+    def _read_into(self, target: np.ndarray, offset: int, name: str) -> None:
+        view = memoryview(target)
+        while view:  # one call returns at most 2 GiB
+            try:
+                count = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise UserError(f"{self.path}: tensor {name} can't be read: {error.strerror}") from error
+            if not count:
+                raise UserError(f"{self.path}: tensor {name} ends early; the file was changed while it was being read")
+            view, offset = view[count:], offset + count
+
+    def _read_header(self, size: int) -> tuple[dict, int]:
+        """Returns the parsed header and where the data starts."""
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        if size < 8 or 8 + length > size:
+            raise self._broken(f"its header should have {length:,} bytes, but the whole file has {size:,}")
+        if length > MAX_HEADER:
+            raise self._broken(f"its header has {length:,} bytes, at most {MAX_HEADER:,} are expected")
+        content = os.pread(self._fd, length, 8)
+        if content[:1] != b"{" or len(content) != length:
+            raise self._broken(f"its header starts with {content[:8]!r}, expected {{")
+        return parse_object(content, f"{self.path} is truncated or not a safetensors file: its header"), 8 + length
+
+    def _checked_metadata(self, metadata: object) -> dict[str, str]:
+        if not isinstance(metadata, dict) or not all(_is_text(t) for pair in metadata.items() for t in pair):
+            raise self._broken(f"{METADATA} is {shown(metadata)}, expected texts by name")
+        return metadata
+
+    def _checked(self, name: str, info: object) -> tuple[int, int]:
+        """Checks what the header says about one tensor by itself; returns where its bytes begin and end."""
+        if not _is_text(name):
+            raise self._broken(f"{shown(name)} is no name for a tensor")
+        what = f"tensor {shown(name)}"
+        if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+            raise self._broken(f"{what} is described by {shown(info)}, expected dtype, shape and data_offsets")
+        dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise UserError(f"{self.path}: {what} has dtype {shown(dtype)}, known are {known}; fetch it again")
+        if not _are_counts(shape) or len(shape) > MAX_DIMS:
+            raise self._broken(f"{what} has shape {shown(shape)}, expected at most {MAX_DIMS} whole numbers >= 0")
+        if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise self._broken(f"{what} has data_offsets {shown(offsets)}, expected [begin, end]")
+        item = DTYPES[dtype].itemsize
+        # NumPy refuses an empty array, too, if its other axes multiply to more than it can address.
+        if math.prod(max(n, 1) for n in shape) * item >= 2**63:
+            raise self._broken(f"{what} has shape {shown(shape)}, more than fits in memory")
+        if offsets[1] - offsets[0] != math.prod(shape) * item:
+            raise self._broken(
+                f"{what} ({dtype}, {shown(shape)}) takes {shown(offsets[1] - offsets[0])} bytes by its data_offsets, "
+                f"expected {math.prod(shape) * item}"
+            )
+        return offsets[0], offsets[1]
+
+    def _check_tiling(self, ordered: list[str], ranges: Mapping[str, tuple[int, int]], size: int) -> None:
+        """Checks that the tensors' bytes follow each other from 0 to `size`."""
+        end = 0
+        for name in ordered:
+            if ranges[name][0] != end:
+                which = "overlaps the one before it" if ranges[name][0] < end else "leaves a gap before it"
+                begins = shown(ranges[name][0])
+                raise self._broken(f"tensor {shown(name)} {which}: it begins at {begins}, expected {shown(end)}")
+            end = ranges[name][1]
+        if end != size:
+            raise self._broken(f"{size:,} bytes of tensors are there, expected {shown(end)}")
+
+    def _broken(self, what: str) -> UserError:
+        return UserError(f"{self.path} is truncated or not a safetensors file: {what}; fetch it again")
+
+
+def _open(path: Path) -> tuple[int, int]:
+    """Returns the descriptor and the size of a regular file."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+            raise UserError(f"{path} is not a file")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return fd, os.fstat(fd).st_size
+    except OSError as error:
+        raise UserError(f"{path} can't be opened: {error.strerror}") from error
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)  # bool is an int, too
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a string that UTF-8 can hold: JSON may spell half a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode("utf-8") is not None
+    except UnicodeEncodeError:
+        return False
