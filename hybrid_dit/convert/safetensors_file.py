@@ -91,7 +91,10 @@ class SafetensorsFile:
         content = self._file.head(length, 8)
         if content[:1] != b"{" or len(content) != length:
             raise self._broken(f"its header starts with {content[:8]!r}, expected {{")
-        return parse_object(content, f"{self.path} is truncated or not a safetensors file: its header"), 8 + length
+        try:
+            return parse_object(content, "its header"), 8 + length
+        except UserError as error:
+            raise self._broken(str(error)) from error
 
     def _checked_metadata(self, metadata: object) -> dict[str, str]:
         if not isinstance(metadata, dict) or not all(_is_text(t) for pair in metadata.items() for t in pair):

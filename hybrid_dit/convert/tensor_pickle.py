@@ -14,7 +14,7 @@ from typing import Any
 from hybrid_dit.convert.json_file import shown
 
 MAX_BYTES = 10_000_000  # of a pickle; that of UMT5-XXL has 30 kB
-MAX_STEPS = 250_000  # opcodes: half a second; one tensor takes some 40
+MAX_STEPS = 150_000  # opcodes, 5 us each; one tensor takes some 32
 _STORAGES = {
     "BoolStorage": "BOOL",
     "ByteStorage": "U8",

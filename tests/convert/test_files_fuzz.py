@@ -17,11 +17,14 @@ import zipfile
 
 import numpy as np
 import pytest
+import safetensors
 import torch
+from pipelines import random_like
 
-from hybrid_dit.convert import sources
-from hybrid_dit.convert.files import Weights
+from hybrid_dit.convert import hybrid, pipeline, sources, tables
+from hybrid_dit.convert.files import Weights, write_safetensors
 from hybrid_dit.errors import UserError
+from hybrid_dit.models.wan import WanConfig
 
 ITEM = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "BOOL": 1, "I64": 8, "F64": 8, "I8": 1, "I16": 2, "U16": 2, "I32": 4}
 ITEM |= {"U32": 4, "U64": 8, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
@@ -46,7 +49,7 @@ class Marker:
 
 def pairs():
     """The header of a valid file as (name, description), in which mutations may repeat names."""
-    header, end = [["__metadata__", {"format": "pt", "note": "{[,\"é"}]], 0
+    header, end = [["__metadata__", {"format": "pt", "note": '{[,"é'}]], 0
     plain = [("blocks.0.a", "F32", [3, 4]), ("blocks.0.b", "BF16", [5]), ("é", "F16", []), ("none", "F32", [0, 7])]
     for name, dtype, shape in [*plain, ("bytes", "U8", [9])]:
         begin, end = end, end + ITEM[dtype] * int(np.prod(shape))
@@ -100,8 +103,11 @@ def lying_length(folder, rng):
 
 
 def lying_header(folder, rng):
-    """Well-formed JSON that lies about offsets, shapes and dtypes, overlaps, leaves gaps, or repeats names."""
-    header = pairs()
+    (folder / "x.safetensors").write_bytes(build(encode(lied(pairs(), rng)), DATA))
+
+
+def lied(header, rng):
+    """Returns a header that is well-formed JSON, but lies about shapes and dtypes, overlaps, or repeats names."""
     for _ in range(rng.randint(1, 2)):
         one, other = (header[i][1] for i in rng.sample(range(1, len(header)), 2))
         kind = rng.randrange(10)
@@ -131,7 +137,7 @@ def lying_header(folder, rng):
             break
         if not all(isinstance(info, dict) for _, info in header):
             break
-    (folder / "x.safetensors").write_bytes(build(encode(header), DATA))
+    return header
 
 
 def no_object(folder, rng):
@@ -256,6 +262,7 @@ def check_valid(found, weights, folder):
         assert path.resolve().parent == folder.resolve()
         if path.suffix == ".safetensors":
             assert (dtype, shape, array.tobytes()) == independent(path)[name]
+            safetensors.safe_open(path, "numpy")  # what the library refuses, we must
         else:
             expected = torch.load(path, weights_only=True)[name].contiguous()
             assert array.tobytes() == expected.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -293,6 +300,35 @@ def test_every_hostile_file_is_a_clean_error_or_what_its_bytes_say(tmp_path, mak
     assert refused >= 0.5 * FAMILIES[make], f"only {refused} of {FAMILIES[make]} were broken at all"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) * 1024
     assert grown < 150e6, f"{grown / 1e6:.0f} MB more were resident"  # sees what torch allocates, too
+
+
+def test_conversion_of_a_hostile_dit_is_a_clean_error_too(tmp_path):
+    """The same through `open_dit`, which looks for layout and sizes in what the file says; a DiT of width 128."""
+    config = WanConfig(dim=128, num_heads=1, ffn_dim=8, num_layers=1, in_channels=4, text_dim=8, freq_dim=16)
+    params = random_like(pipeline.abstract_dit(config), np.random.default_rng(0))
+    entries = hybrid.stored_entries(config, (), "wan", params)
+    write_safetensors(tmp_path / "dit.safetensors", dict(tables.export_tree(entries, params)), {"format": "pt"})
+    content = (tmp_path / "dit.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    opened = 0
+    for seed in range(100):
+        rng = random.Random(seed)
+        file = tmp_path / f"{seed}.safetensors"
+        header = [[name, info] for name, info in json.loads(content[8:start]).items()]
+        lies = seed % 2 == 0
+        file.write_bytes(build(encode(lied(header, rng)), content[start:]) if lies else scramble(content, rng, start))
+        try:
+            sources.open_dit(file).read()
+            opened += 1
+        except UserError as error:
+            assert file.name in str(error)
+        except BaseException as error:
+            error.add_note(f"case: seed {seed}")
+            raise
+    assert opened < 50, "too few were broken"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["dit.safetensors", *(f"{seed}.safetensors" for seed in range(100))]
+    )
 
 
 def test_there_are_enough_cases():
