@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from hybrid_dit.convert import folder_files
-from hybrid_dit.convert.json_file import read_json
+from hybrid_dit.convert.json_file import read_json, shown
 from hybrid_dit.convert.safetensors_file import SafetensorsFile
 from hybrid_dit.convert.safetensors_writer import write_safetensors, write_sharded
 from hybrid_dit.convert.torch_file import SUFFIXES, TorchFile
@@ -49,7 +49,7 @@ class Weights:
             for name in file.shapes:
                 if name in self._file:
                     there = self._file[name].path.name
-                    raise UserError(f"{self.source}: tensor {name} is in two files, {there} and {path.name}")
+                    raise UserError(f"{self.source}: tensor {shown(name)} is in two files, {there} and {path.name}")
                 self._file[name] = file
             self.shapes |= file.shapes
             self.dtypes |= file.dtypes

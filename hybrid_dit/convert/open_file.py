@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hybrid_dit.convert.json_file import shown
 from hybrid_dit.errors import UserError
 
 
@@ -86,7 +87,9 @@ class OpenFile:
             try:
                 count = os.preadv(self._fd, [view], offset)
             except OSError as error:
-                raise UserError(f"{self.path}: tensor {name} can't be read: {error.strerror}") from error
+                raise UserError(f"{self.path}: tensor {shown(name)} can't be read: {error.strerror}") from error
             if not count:
-                raise UserError(f"{self.path}: tensor {name} ends early; the file was changed while it was being read")
+                raise UserError(
+                    f"{self.path}: tensor {shown(name)} ends early; the file changed while it was being read"
+                )
             view, offset = view[count:], offset + count

@@ -153,7 +153,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path):
     weights = Weights(path)
     with open(path, "r+b") as file:
         file.truncate(4000)
-    with pytest.raises(UserError, match="tensor a ends early; the file was changed"):
+    with pytest.raises(UserError, match="tensor a ends early; the file changed"):
         weights.read("a")
 
 
