@@ -10,7 +10,7 @@ from hybrid_dit.errors import UserError
 
 ENDING = ".safetensors"
 INDEX_ENDING = ".safetensors.index.json"
-MAX_INDEX = 10_000_000  # bytes; Wan 14B's has 0.1 MB
+MAX_INDEX = 4_000_000  # bytes; Wan 14B's has 0.1 MB
 
 
 def find(folder: Path) -> tuple[list[Path], dict[str, str] | None, list[str]]:

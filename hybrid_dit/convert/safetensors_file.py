@@ -36,8 +36,8 @@ DTYPES: dict[str, np.dtype] = {  # safetensors' names; those of less than a byte
     "C64": np.dtype(np.complex64),
 }
 METADATA = "__metadata__"
-# The library allows 100 MB. Wan 14B needs 0.15 MB; what JSON may grow to in memory (20x and more) sets ours.
-MAX_HEADER = 10_000_000
+# The library allows 100 MB. Wan 14B needs 0.15; ours keeps hostile JSON, which grows 30-fold, to 0.5 s and 0.12 GB.
+MAX_HEADER = 4_000_000
 MAX_DIMS = 32  # NumPy 1's limit
 
 
