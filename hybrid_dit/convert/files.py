@@ -1,12 +1,11 @@
 """Weights on disk: what is in them, any part of any tensor, with errors a person can act on."""
 
-import threading
 from pathlib import Path
 
 import numpy as np
 
 from hybrid_dit.convert import folder_files
-from hybrid_dit.convert.json_file import read_json
+from hybrid_dit.convert.json_file import read_json, shown
 from hybrid_dit.convert.safetensors_file import SafetensorsFile
 from hybrid_dit.convert.safetensors_writer import write_safetensors, write_sharded
 from hybrid_dit.convert.torch_file import SUFFIXES, TorchFile
@@ -24,7 +23,6 @@ class Weights:
         dtypes: name -> dtype as safetensors writes it (BF16, F32, ...).
         metadata: texts that the writer left in the files; of several files, the first one's where they differ.
         notes: what was chosen or left out, for the person.
-        bytes_read: bytes of tensors read so far.
     """
 
     def __init__(self, source: str | Path):
@@ -38,9 +36,8 @@ class Weights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
-        self.bytes_read = 0
         self._file: dict[str, SafetensorsFile | TorchFile] = {}
-        self._lock = threading.Lock()
+        self._files: list[SafetensorsFile | TorchFile] = []
         paths, index, notes = [self.source], None, []
         if self.source.is_dir():
             paths, index, notes = folder_files.find(self.source)
@@ -48,10 +45,11 @@ class Weights:
             raise UserError(f"no weights at {self.source}: expected a .safetensors file or a folder that holds some")
         for path in paths:
             file = TorchFile(path) if path.suffix in SUFFIXES else SafetensorsFile(path)
+            self._files.append(file)
             for name in file.shapes:
                 if name in self._file:
                     there = self._file[name].path.name
-                    raise UserError(f"{self.source}: tensor {name} is in two files, {there} and {path.name}")
+                    raise UserError(f"{self.source}: tensor {shown(name)} is in two files, {there} and {path.name}")
                 self._file[name] = file
             self.shapes |= file.shapes
             self.dtypes |= file.dtypes
@@ -60,6 +58,11 @@ class Weights:
         if index is not None:
             folder_files.check_index(index, {name: file.path.name for name, file in self._file.items()}, self.source)
         self.notes = tuple(notes)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read from the disk so far, by all threads."""
+        return sum(file.bytes_read for file in self._files)
 
     def file_of(self, name: str) -> Path:
         """Returns the file that holds a tensor."""
@@ -88,7 +91,4 @@ class Weights:
         if len(index) > len(shape) or any(part.step not in (None, 1) for part in index):
             raise ValueError(f"tensor {name} of shape {list(shape)} can't be read at {index}: slices of step 1 only")
         index = (*index, *[slice(None)] * (len(shape) - len(index)))
-        array = self._file[name].read(name, tuple(range(*part.indices(n)) for part, n in zip(index, shape)))
-        with self._lock:
-            self.bytes_read += array.nbytes
-        return array
+        return self._file[name].read(name, tuple(range(*part.indices(n)) for part, n in zip(index, shape)))

@@ -10,7 +10,7 @@ from hybrid_dit.errors import UserError
 
 ENDING = ".safetensors"
 INDEX_ENDING = ".safetensors.index.json"
-MAX_INDEX = 10_000_000  # bytes; Wan 14B's has 0.1 MB
+MAX_INDEX = 4_000_000  # bytes; Wan 14B's has 0.1 MB
 
 
 def find(folder: Path) -> tuple[list[Path], dict[str, str] | None, list[str]]:
@@ -31,7 +31,7 @@ def find(folder: Path) -> tuple[list[Path], dict[str, str] | None, list[str]]:
         return files, weight_map, _left_out(shards, files, f"not in {plain[0].name}")
     files = [path for path in shards if not _is_variant(path, bases)]
     if not files:
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in SUFFIXES)
         hint = f"; to read {others[0]}, give the file itself" if others else ""
         raise UserError(f"no weights at {folder}: expected a .safetensors file or a folder that holds some{hint}")
     return files, None, _left_out(shards, files, "a variant of one that was read")

@@ -39,7 +39,7 @@ def parse_object(content: bytes, where: str) -> dict:
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError as error:
-        raise UserError(f"{where} is nested too deep to be what it should be; fetch it again") from error
+        raise UserError(f"{where} is nested too deep to be what it should be") from error
     except ValueError as error:  # of JSON, of UTF-8, and integers of thousands of digits
         raise UserError(f"{where} is not valid JSON: {shown(error)}") from error
     if not isinstance(value, dict):

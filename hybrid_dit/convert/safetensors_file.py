@@ -5,11 +5,7 @@ which keeps the whole of it resident beside the arrays made from it, and reads w
 Nothing of the header is trusted: once a file is open, every tensor's bytes are known to lie inside it.
 """
 
-import itertools
 import math
-import os
-import stat
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from hybrid_dit.convert.json_file import parse_object, shown
+from hybrid_dit.convert.open_file import OpenFile
 from hybrid_dit.errors import UserError
 
 DTYPES: dict[str, np.dtype] = {  # safetensors' names; those of less than a byte (F4, F6_...) are of no use here
@@ -39,8 +36,8 @@ DTYPES: dict[str, np.dtype] = {  # safetensors' names; those of less than a byte
     "C64": np.dtype(np.complex64),
 }
 METADATA = "__metadata__"
-# The library allows 100 MB. Wan 14B needs 0.15 MB; what JSON may grow to in memory (20x and more) sets ours.
-MAX_HEADER = 10_000_000
+# The library allows 100 MB. Wan 14B needs 0.15; ours keeps hostile JSON, which grows 30-fold, to 0.5 s and 0.12 GB.
+MAX_HEADER = 4_000_000
 MAX_DIMS = 32  # NumPy 1's limit
 
 
@@ -63,8 +60,8 @@ class SafetensorsFile:
         """
         self.path = path
         self.notes: tuple[str, ...] = ()
-        self._fd, size = _open(path)
-        weakref.finalize(self, os.close, self._fd)
+        self._file = OpenFile(path)
+        size = self._file.size
         header, self._data = self._read_header(size)
         self.metadata = self._checked_metadata(header.pop(METADATA, {}))
         ranges = {name: self._checked(name, info) for name, info in header.items()}
@@ -74,49 +71,30 @@ class SafetensorsFile:
         self.dtypes = {name: header[name]["dtype"] for name in ordered}
         self._begin = {name: ranges[name][0] for name in ordered}
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read so far."""
+        return self._file.bytes_read
+
     def read(self, name: str, ranges: tuple[range, ...]) -> np.ndarray:
-        """Returns the part of one tensor that `ranges` (one per axis, step 1) select, reading its bytes alone.
-
-        Raises:
-            UserError: the disk fails, or the file has become shorter since it was opened.
-        """
-        shape, dtype = self.shapes[name], DTYPES[self.dtypes[name]]
-        array = np.empty([len(r) for r in ranges], dtype)
-        target = array.reshape(-1).view(np.uint8)
-        # Axes that are taken whole join the run of the axis before them; each step along the others is a run.
-        axis = next((i for i in reversed(range(len(shape))) if len(ranges[i]) != shape[i]), 0)
-        strides = [dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        first = ranges[axis].start * strides[axis] if shape else 0
-        length = len(ranges[axis]) * strides[axis] if shape else dtype.itemsize
-        filled = 0
-        for outer in itertools.product(*ranges[:axis]) if target.size else ():
-            offset = self._data + self._begin[name] + first + sum(i * s for i, s in zip(outer, strides))
-            self._read_into(target[filled : filled + length], offset, name)
-            filled += length
-        return array
-
-    def _read_into(self, target: np.ndarray, offset: int, name: str) -> None:
-        view = memoryview(target)
-        while view:  # one call returns at most 2 GiB
-            try:
-                count = os.preadv(self._fd, [view], offset)
-            except OSError as error:
-                raise UserError(f"{self.path}: tensor {name} can't be read: {error.strerror}") from error
-            if not count:
-                raise UserError(f"{self.path}: tensor {name} ends early; the file was changed while it was being read")
-            view, offset = view[count:], offset + count
+        """Returns the part of one tensor that `ranges` (one per axis, of step 1) select; see `OpenFile.read`."""
+        offset = self._data + self._begin[name]
+        return self._file.read(name, offset, DTYPES[self.dtypes[name]], self.shapes[name], ranges)
 
     def _read_header(self, size: int) -> tuple[dict, int]:
         """Returns the parsed header and where the data starts."""
-        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        length = int.from_bytes(self._file.head(8), "little")
         if size < 8 or 8 + length > size:
             raise self._broken(f"its header should have {length:,} bytes, but the whole file has {size:,}")
         if length > MAX_HEADER:
             raise self._broken(f"its header has {length:,} bytes, at most {MAX_HEADER:,} are expected")
-        content = os.pread(self._fd, length, 8)
+        content = self._file.head(length, 8)
         if content[:1] != b"{" or len(content) != length:
             raise self._broken(f"its header starts with {content[:8]!r}, expected {{")
-        return parse_object(content, f"{self.path} is truncated or not a safetensors file: its header"), 8 + length
+        try:
+            return parse_object(content, "its header"), 8 + length
+        except UserError as error:
+            raise self._broken(str(error)) from error
 
     def _checked_metadata(self, metadata: object) -> dict[str, str]:
         if not isinstance(metadata, dict) or not all(_is_text(t) for pair in metadata.items() for t in pair):
@@ -134,9 +112,9 @@ class SafetensorsFile:
         if not isinstance(dtype, str) or dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise UserError(f"{self.path}: {what} has dtype {shown(dtype)}, known are {known}; fetch it again")
-        if not _are_counts(shape) or len(shape) > MAX_DIMS:
+        if not are_counts(shape) or len(shape) > MAX_DIMS:
             raise self._broken(f"{what} has shape {shown(shape)}, expected at most {MAX_DIMS} whole numbers >= 0")
-        if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        if not are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             raise self._broken(f"{what} has data_offsets {shown(offsets)}, expected [begin, end]")
         item = DTYPES[dtype].itemsize
         # NumPy refuses an empty array, too, if its other axes multiply to more than it can address.
@@ -165,19 +143,9 @@ class SafetensorsFile:
         return UserError(f"{self.path} is truncated or not a safetensors file: {what}; fetch it again")
 
 
-def _open(path: Path) -> tuple[int, int]:
-    """Returns the descriptor and the size of a regular file."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            raise UserError(f"{path} is not a file")
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return fd, os.fstat(fd).st_size
-    except OSError as error:
-        raise UserError(f"{path} can't be opened: {error.strerror}") from error
-
-
-def _are_counts(value: object) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)  # bool is an int, too
+def are_counts(value: object) -> bool:
+    """Whether a value is a list or tuple of whole numbers >= 0."""
+    return isinstance(value, list | tuple) and all(type(n) is int and n >= 0 for n in value)  # bool is an int, too
 
 
 def _is_text(value: object) -> bool:
