@@ -1,8 +1,10 @@
 import json
+import os
 
 import pytest
 
-from hybrid_dit.atomic import atomic_path, write_json, write_text
+from hybrid_dit.atomic import atomic_path, staged_folder, write_json, write_text
+from hybrid_dit.errors import UserError
 
 
 def test_a_file_appears_only_when_complete(tmp_path):
@@ -56,3 +58,37 @@ def test_json_is_utf_8_and_reads_back(tmp_path):
     write_json(tmp_path / "a.json", value)
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == value
     assert "红" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_a_staged_folder_appears_when_complete(tmp_path):
+    with staged_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "a").read_text() == "1" and os.listdir(tmp_path) == ["out"]
+    with pytest.raises(UserError, match="out exists; remove it"), staged_folder(tmp_path / "out"):
+        pass
+
+
+def test_a_staged_folder_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), staged_folder(tmp_path / "out") as temporary:
+        (temporary / "a").mkdir()
+        1 / 0  # noqa: B018
+    assert not os.listdir(tmp_path)
+
+
+def test_the_next_try_clears_what_a_killed_one_left(tmp_path):
+    stale = tmp_path / ".out.incomplete" / "deep"
+    stale.mkdir(parents=True)
+    (stale / "half").write_text("")
+    with staged_folder(tmp_path / "out") as temporary:
+        assert not os.listdir(temporary)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_two_writers_of_one_folder_are_told(tmp_path):
+    with staged_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("1")
+        with pytest.raises(UserError, match="another process is writing"), staged_folder(tmp_path / "out"):
+            pass
+        assert (temporary / "a").exists()  # the first one's work is left alone
+    assert (tmp_path / "out" / "a").exists()

@@ -1,5 +1,6 @@
 """Weights from PyTorch files straight to the devices of a mesh: every process reads its own devices' parts alone."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -11,6 +12,8 @@ from hybrid_dit.array_typing import DTypeLike, PyTree
 from hybrid_dit.convert import tables
 from hybrid_dit.convert.params import Index, Param
 from hybrid_dit.convert.sources import Part, open_part
+
+Bounds = tuple[tuple[int, int], ...]  # start and stop per axis
 
 
 def load_sharded(
@@ -38,25 +41,30 @@ def load_sharded(
     return tables.unflatten(arrays)
 
 
-def _place(param: Param, where: jax.sharding.NamedSharding) -> jax.Array:
-    wanted = {_bounds(index, param.shape) for index in where.addressable_devices_indices_map(param.shape).values()}
-    # Neighbouring devices hold neighbouring parts: one read of all of them has longer runs in the file.
-    around = tuple((min(b[a][0] for b in wanted), max(b[a][1] for b in wanted)) for a in range(len(param.shape)))
-    if _size(around) > sum(map(_size, wanted)):
-        parts = {bounds: param.read(_slices(bounds)) for bounds in wanted}
-    else:
-        whole = param.read(_slices(around))
-        parts = {b: whole[tuple(slice(i - o[0], j - o[0]) for (i, j), o in zip(b, around))] for b in wanted}
+def _place(param: Param, where: jax.sharding.Sharding) -> jax.Array:
+    """Returns one parameter on the devices of `where`, having read what this process's devices hold, once."""
+    parts = read_parts(param, where.addressable_devices_indices_map(param.shape).values())
     return jax.make_array_from_callback(param.shape, where, lambda index: parts[_bounds(index, param.shape)])
 
 
-def _bounds(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def read_parts(param: Param, indices: Iterable[Index]) -> dict[Bounds, np.ndarray]:
+    """Returns the parts of a parameter at `indices`, by their (start, stop) per axis; equal ones are read once."""
+    wanted = {_bounds(index, param.shape) for index in indices}
+    # Neighbouring devices hold neighbouring parts: one read of all of them has longer runs in the file.
+    around = tuple((min(b[a][0] for b in wanted), max(b[a][1] for b in wanted)) for a in range(len(param.shape)))
+    if _size(around) > sum(map(_size, wanted)):
+        return {bounds: param.read(_slices(bounds)) for bounds in wanted}
+    whole = param.read(_slices(around))
+    return {b: whole[tuple(slice(i - o[0], j - o[0]) for (i, j), o in zip(b, around))] for b in wanted}
+
+
+def _bounds(index: Index, shape: tuple[int, ...]) -> Bounds:
     return tuple(part.indices(n)[:2] for part, n in zip(index, shape))
 
 
-def _slices(bounds: tuple[tuple[int, int], ...]) -> Index:
+def _slices(bounds: Bounds) -> Index:
     return tuple(slice(*pair) for pair in bounds)
 
 
-def _size(bounds: tuple[tuple[int, int], ...]) -> int:
+def _size(bounds: Bounds) -> int:
     return int(np.prod([j - i for i, j in bounds], dtype=np.int64))
