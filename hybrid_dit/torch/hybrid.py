@@ -1,6 +1,7 @@
 """Hybrid softmax/linear attention (paper Eq. 5) in PyTorch; twin of `hybrid_dit.ops.hybrid`, same arguments."""
 
 import functools
+import math
 from collections.abc import Mapping
 
 import torch
@@ -33,10 +34,10 @@ def attention(
         return softmax_part(*(x.transpose(1, 2) for x in (q, k, v)), "lse")[0].transpose(1, 2).contiguous()
     out, weight, keep = None, None, None
     if spec.kind == "hybrid":
-        index = _softmax_index(spec, grid, q.device)
+        index = _softmax_index(grid, spec.rate, spec.pattern, q.device)
         k_s, v_s = k.index_select(1, index), v.index_select(1, index)
         out, weight = softmax_part(*(x.transpose(1, 2) for x in (q, k_s, v_s)), spec.stabiliser)
-        keep = _linear_mask(spec, grid, q.device)
+        keep = _linear_mask(grid, spec.rate, spec.pattern, q.device)
     state_of, finish_with = _state, _finish
     if compiles(q):
         state_of, finish_with = compiled(_state), compiled(_finish)
@@ -44,18 +45,31 @@ def attention(
     return finish_with(q, out, weight, phi["q"], state, normaliser, spec.feature_map)
 
 
-# Tensors made once per shape (in every block it would cost a copy to the device each time), and constants for a
-# compiler. They take the spec, not its rate: an integer that differs between blocks would become a symbol there.
-@torch.compiler.assume_constant_result
-def _softmax_index(spec: AttentionSpec, grid: Grid, device: torch.device) -> Tensor:
-    return _on_device(softmax_tokens, grid, spec.rate, spec.pattern, device)
+# Operators, so that a compiler knows their shape and calls them; int (not SymInt) makes it specialise on every number.
+_SCHEMA = "(int[] grid, int rate, str pattern, Device device) -> Tensor"
 
 
-@torch.compiler.assume_constant_result
-def _linear_mask(spec: AttentionSpec, grid: Grid, device: torch.device) -> Tensor:
-    return _on_device(linear_mask, grid, spec.rate, spec.pattern, device)
+@torch.library.custom_op("hybrid_dit::softmax_index", mutates_args=(), schema=_SCHEMA)
+def _softmax_index(grid, rate, pattern, device):
+    return _on_device(softmax_tokens, tuple(grid), rate, pattern, device)
 
 
+@torch.library.custom_op("hybrid_dit::linear_mask", mutates_args=(), schema=_SCHEMA)
+def _linear_mask(grid, rate, pattern, device):
+    return _on_device(linear_mask, tuple(grid), rate, pattern, device)
+
+
+@_softmax_index.register_fake
+def _(grid, rate, pattern, device):
+    return torch.empty(len(softmax_tokens(tuple(grid), rate, pattern)), dtype=torch.int32, device=device)
+
+
+@_linear_mask.register_fake
+def _(grid, rate, pattern, device):
+    return torch.empty(math.prod(grid), device=device)
+
+
+# Kept: making them again in every block would cost a copy to the device each time.
 @functools.lru_cache(maxsize=64)
 def _on_device(function, grid, rate, pattern, device):
     return torch.from_numpy(function(grid, rate, pattern)).to(device)

@@ -96,7 +96,7 @@ def flex_backend(
 def _lse_only(name: str, stabiliser: str) -> None:
     if stabiliser != "lse":
         raise UserError(
-            f"softmax backend {name!r} returns no row maxima; stabiliser {stabiliser!r} takes flex or plain"
+            f"softmax backend {name!r} returns no maxima; stabiliser {stabiliser!r} takes flex or plain"
         )
 
 
