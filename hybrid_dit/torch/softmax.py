@@ -95,9 +95,7 @@ def flex_backend(
 
 def _lse_only(name: str, stabiliser: str) -> None:
     if stabiliser != "lse":
-        raise UserError(
-            f"softmax backend {name!r} returns no maxima; stabiliser {stabiliser!r} takes flex or plain"
-        )
+        raise UserError(f"softmax backend {name!r} returns no maxima; stabiliser {stabiliser!r} takes flex or plain")
 
 
 BACKENDS: dict[str, Callable] = {"plain": plain, "sdpa": sdpa, "cudnn": cudnn, "flash": flash, "flex": flex_backend}
