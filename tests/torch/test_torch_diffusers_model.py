@@ -26,6 +26,7 @@ from hybrids import (
 
 from hybrid_dit import generation
 from hybrid_dit.convert.pipeline import load_pipeline, save_transformer
+from hybrid_dit.data.prompts import read_prompts
 from hybrid_dit.errors import UserError
 from hybrid_dit.ops import feature_maps
 from hybrid_dit.ops.spec import AttentionSpec, from_label
@@ -128,7 +129,7 @@ model = hybrid_dit.torch.load_hybrid(sys.argv[1])
 assert "jax" not in sys.modules
 args = torch.load(sys.argv[2])
 with torch.no_grad():
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     for latents, timesteps, text in args:
         want = model(latents, timesteps, text).sample
         error = (compiled(latents, timesteps, text).sample - want).norm() / want.norm()
@@ -172,19 +173,23 @@ def test_errors_name_file_and_cause(export, tmp_path):
         load_hybrid(tmp_path)  # found in a pipeline folder's transformer/
 
 
-@pytest.mark.parametrize("steps", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_pipeline_makes_the_video_that_jax_makes(steps, tmp_path):
-    """wan-tiny with half of its blocks converted, their maps fresh from the initialiser: from the same noise."""
-    folder, frames, size, prompt = ROOT / "assets/wan-tiny", 33, 128, "a red circle moves right"
+    """wan-tiny with three blocks converted, untrained: from the same noise.
+
+    Features of the early blocks are made small (bias of the last layer less 3), which keeps the video a video.
+    """
+    folder, frames, size = ROOT / "assets/wan-tiny", 33, 128
+    prompt = read_prompts(ROOT / "assets/prompts/held_out.txt")[0]
     pipeline = load_pipeline(folder)
-    converted = [from_label("R2"), from_label("R2", stabiliser="lse"), from_label("R4", pattern="lattice")]
-    specs = (AttentionSpec(), converted[0], AttentionSpec(), converted[1], AttentionSpec(), converted[2]) + (
-        AttentionSpec(),
-    ) * 2
-    keys = jax.random.split(jax.random.key(1), len(specs))
-    cfg, maps = pipeline.wan, specs[1].feature_map
-    stacked = jax.vmap(lambda key: feature_maps.init(key, cfg.num_heads, cfg.head_dim, maps))(keys)
-    params = {**pipeline.dit, "feature_maps": jax.tree.map(np.asarray, stacked)}
+    converted = {1: from_label("R2"), 3: from_label("R2", stabiliser="lse"), 6: from_label("R4", pattern="lattice")}
+    specs = tuple(converted.get(i, AttentionSpec()) for i in range(8))
+    cfg, keys = pipeline.wan, jax.random.split(jax.random.key(1), 8)
+    maps = jax.vmap(lambda key: feature_maps.init(key, cfg.num_heads, cfg.head_dim, specs[1].feature_map))(keys)
+    maps = jax.tree.map(np.array, maps)
+    for x in "qk":
+        maps[x]["b1"][:6] -= 3
+    params = {**pipeline.dit, "feature_maps": maps}
     save_transformer(tmp_path / "transformer", cfg, specs, params)
 
     theirs = diffusers.WanPipeline.from_pretrained(
@@ -210,4 +215,4 @@ def test_pipeline_makes_the_video_that_jax_makes(steps, tmp_path):
     ours = generator.decode(latents)[0][0] / 255
     psnr = -10 * math.log10(np.square(ours - video).mean())
     print(f"{steps} steps: PSNR {psnr:.1f} dB, std {video.std():.3f}")
-    assert psnr >= 50 and video.std() > 0.02  # 50 dB is the promise; a constant video would be no test
+    assert psnr >= 50 and video.std() > 0.05  # 50 dB is the promise; a constant video would be no test
