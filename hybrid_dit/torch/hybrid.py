@@ -72,7 +72,8 @@ def _(grid, rate, pattern, device):
 # Kept: making them again in every block would cost a copy to the device each time.
 @functools.lru_cache(maxsize=64)
 def _on_device(function, grid, rate, pattern, device):
-    return torch.from_numpy(function(grid, rate, pattern)).to(device)
+    with torch.inference_mode(False):  # else a tensor made while sampling could not be used in training
+        return torch.from_numpy(function(grid, rate, pattern)).to(device)
 
 
 def _state(k, v, params, keep, spec) -> tuple[Tensor, Tensor]:

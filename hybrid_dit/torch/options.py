@@ -27,19 +27,21 @@ class Options:
 options = Options()
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def compiles(x: torch.Tensor) -> bool:
     """Whether functions on `x` are to be compiled."""
     if options.compile is None:
-        return x.is_cuda and _has_triton()
+        return x.is_cuda and _HAS_TRITON
     return options.compile
 
 
-@functools.cache
 def compiled(function: Callable) -> Callable:
-    """Returns `function` under `torch.compile`; inside an outer `torch.compile` it becomes part of that."""
+    """Returns `function` under `torch.compile`; inside an outer `torch.compile` itself, to become part of that."""
+    return function if torch.compiler.is_compiling() else _compiled(function)
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
     return torch.compile(function)
