@@ -2,12 +2,13 @@
 
 import jax
 import numpy as np
+import safetensors.numpy
 import torch
 from pipelines import random_like
 
 from hybrid_dit.convert import hybrid, tables
-from hybrid_dit.convert.files import write_safetensors
-from hybrid_dit.convert.pipeline import abstract_dit, load_transformer, save_transformer
+from hybrid_dit.convert.abstract import abstract_dit
+from hybrid_dit.convert.pipeline import load_transformer, save_transformer
 from hybrid_dit.models.wan import WanConfig, WanDiT
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec, from_label
 
@@ -37,8 +38,8 @@ def write_original_layout(folder, specs, params):
     """Writes the same in the layout of the original code."""
     folder.mkdir()
     entries = hybrid.stored_entries(CONFIG, specs, "wan", params)
-    tensors = {name: t.astype(np.float32) for name, t in tables.export_tree(entries, params)}
-    write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
+    stored = {name: np.ascontiguousarray(t, np.float32) for name, t in tables.export_tree(entries, params)}
+    safetensors.numpy.save_file(stored, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     hybrid.write_description(folder, specs)
 
 
