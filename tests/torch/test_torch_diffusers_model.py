@@ -1,0 +1,220 @@
+"""`load_hybrid`: a diffusers model that says what the Flax model says, and goes wherever diffusers' own goes."""
+
+import copy
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import accelerate
+import diffusers
+import jax
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hybrids import (
+    channels_first,
+    every_kind,
+    random_hybrid,
+    random_inputs,
+    relative_error,
+    velocity_of_jax,
+)
+
+from hybrid_dit import generation
+from hybrid_dit.convert.pipeline import load_pipeline, save_transformer
+from hybrid_dit.data.prompts import read_prompts
+from hybrid_dit.errors import UserError
+from hybrid_dit.ops import feature_maps
+from hybrid_dit.ops.spec import AttentionSpec, from_label
+from hybrid_dit.torch import load_hybrid
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "transformer"
+    return folder, *random_hybrid(folder)
+
+
+def run(model, latents, timesteps, text, dtype=torch.float32):
+    with torch.no_grad():
+        args = channels_first(latents).to(dtype), torch.tensor(timesteps), torch.tensor(text).to(dtype)
+        return model(*args).sample.float().movedim(1, -1).numpy()
+
+
+@pytest.mark.parametrize("feature_map", ["poly", "elu"])  # elu has no parameters
+def test_equals_the_flax_model(feature_map, tmp_path):
+    specs, params = random_hybrid(tmp_path, every_kind(feature_map))
+    inputs = random_inputs()
+    model = load_hybrid(tmp_path)
+    assert type(model) is diffusers.WanTransformer3DModel and not model.training
+    # diffusers' float32 timestep embedding costs a few 1e-6 of this (known deviation).
+    assert relative_error(run(model, *inputs), velocity_of_jax(specs, params, *inputs)) <= 1e-5
+
+
+def test_a_model_of_another_grid_shape_is_not_confused_by_the_last_one(export):
+    """Same number of tokens, other rows and columns: the lattice must follow."""
+    folder, specs, params = export
+    model = load_hybrid(folder)
+    run(model, *random_inputs())
+    inputs = random_inputs(grid=(3, 3, 5))
+    assert relative_error(run(model, *inputs), velocity_of_jax(specs, params, *inputs)) <= 1e-5
+
+
+def test_dtype_of_parameters(export, tmp_path):
+    model = load_hybrid(export[0], dtype=torch.bfloat16)
+    precise = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert "scale_shift_table" in precise and "blocks.0.norm2.weight" in precise
+    assert {model.get_parameter(f"blocks.1.{x}").dtype for x in ("feature_map.q.w0", "attn1.to_q.weight")} == {
+        torch.bfloat16
+    }
+    inputs = random_inputs()
+    exact = run(load_hybrid(export[0]), *inputs)
+    # Five blocks of a dozen roundings each, of unit 2^-8, that add up as a random walk: sqrt(60) / 256 = 0.03.
+    assert relative_error(run(model, *inputs, torch.bfloat16), exact) <= 0.03
+    random_hybrid(tmp_path, dtype="bfloat16")
+    assert {p.dtype for p in load_hybrid(tmp_path).parameters()} == {torch.bfloat16}
+
+
+def test_save_pretrained_and_load_hybrid_are_inverse(export, tmp_path):
+    model = load_hybrid(export[0])
+    model.save_pretrained(tmp_path / "saved")
+    again = load_hybrid(tmp_path / "saved")
+    assert (tmp_path / "saved/hybrid_config.json").read_text() == (export[0] / "hybrid_config.json").read_text()
+    stored = safetensors.torch.load_file(export[0] / "diffusion_pytorch_model.safetensors")
+    assert stored.keys() == again.state_dict().keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in again.state_dict().items())
+
+
+def test_copies_are_independent(export):
+    model, inputs = load_hybrid(export[0]), random_inputs()
+    before = run(model, *inputs)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.blocks[4].feature_map.q.w0.zero_()
+    assert np.array_equal(run(model, *inputs), before) and not np.array_equal(run(other, *inputs), before)
+
+
+@pytest.mark.parametrize("offload", [accelerate.cpu_offload, accelerate.cpu_offload_with_hook])
+def test_offloading_hooks_fetch_the_feature_maps(export, offload):
+    """Parameters are on `meta` between calls under `cpu_offload`: whatever reads them around the hooks fails."""
+    model, inputs = load_hybrid(export[0]), random_inputs()
+    before = run(model, *inputs)
+    offload(model, torch.device("cpu"))
+    if offload is accelerate.cpu_offload:
+        assert model.blocks[1].feature_map.q.w0.is_meta
+    assert np.array_equal(run(model, *inputs), before)
+
+
+def test_fused_projections(export):
+    model, inputs = load_hybrid(export[0]), random_inputs()
+    before = run(model, *inputs)
+    for block in model.blocks:
+        block.attn1.fuse_projections()
+    assert relative_error(run(model, *inputs), before) <= 1e-6
+
+
+COMPILE = """
+import sys
+import torch
+import hybrid_dit.torch
+assert not {"jax", "flax", "diffusers"} & sys.modules.keys(), "import hybrid_dit.torch imports more than torch"
+torch.set_num_threads(1)
+model = hybrid_dit.torch.load_hybrid(sys.argv[1])
+assert "jax" not in sys.modules
+args = torch.load(sys.argv[2])
+with torch.no_grad():
+    want = [model(*inputs).sample for inputs in args]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    hybrid_dit.torch.options.compile = True  # as on CUDA: inside a compiled model nothing is compiled on its own
+    for inputs, expected in zip(args, want):
+        error = (compiled(*inputs).sample - expected).norm() / expected.norm()
+        assert error <= 1e-6, error
+    hybrid_dit.torch.options.compile = False
+    torch.compiler.reset()
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    for inputs in args:
+        print(float(model(*inputs).sample.double().sum()))
+"""
+
+
+def test_compiles_as_one_graph_and_imports_nothing_of_jax(export, tmp_path):
+    """In a process of its own: the shape checks that conftest switches on are not for compilers."""
+    several = [random_inputs(grid=grid) for grid in ((3, 5, 3), (3, 3, 5))]
+    torch.save([(channels_first(x), torch.tensor(t), torch.tensor(e)) for x, t, e in several], tmp_path / "inputs.pt")
+    command = [sys.executable, "-c", COMPILE, str(export[0]), str(tmp_path / "inputs.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = load_hybrid(export[0])
+    for line, inputs in zip(done.stdout.split(), several):
+        want = run(model, *inputs).astype(np.float64)
+        assert abs(float(line) - want.sum()) <= 1e-6 * np.abs(want).sum()
+
+
+def test_errors_name_file_and_cause(export, tmp_path):
+    with pytest.raises(UserError, match="is not a folder"):
+        load_hybrid(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no hybrid_config.json"):
+        load_hybrid(ROOT / "assets/wan-tiny")
+    folder = tmp_path / "transformer"
+    shutil.copytree(export[0], folder)
+    (folder / "config.json").write_text('{"dim": 1536, "model_type": "t2v"}')
+    with pytest.raises(UserError, match="use patch_wan"):
+        load_hybrid(folder)
+    config = json.loads((export[0] / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "ffn_dim": 32}))
+    with pytest.raises(UserError, match=r"another shape than the model: \(64,\) in .*, \(32,\) in the model"):
+        load_hybrid(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "num_layers": 4}))
+    with pytest.raises(UserError, match="describes 5 blocks, but the model has 4"):
+        load_hybrid(tmp_path)  # found in a pipeline folder's transformer/
+
+
+@pytest.mark.parametrize("steps", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_pipeline_makes_the_video_that_jax_makes(steps, tmp_path):
+    """wan-tiny with three blocks converted, untrained: from the same noise.
+
+    Features of the early blocks are made small (bias of the last layer less 3), which keeps the video a video.
+    """
+    folder, frames, size = ROOT / "assets/wan-tiny", 33, 128
+    prompt = read_prompts(ROOT / "assets/prompts/held_out.txt")[0]
+    pipeline = load_pipeline(folder)
+    converted = {1: from_label("R2"), 3: from_label("R2", stabiliser="lse"), 6: from_label("R4", pattern="lattice")}
+    specs = tuple(converted.get(i, AttentionSpec()) for i in range(8))
+    cfg, keys = pipeline.wan, jax.random.split(jax.random.key(1), 8)
+    maps = jax.vmap(lambda key: feature_maps.init(key, cfg.num_heads, cfg.head_dim, specs[1].feature_map))(keys)
+    maps = jax.tree.map(np.array, maps)
+    for x in "qk":
+        maps[x]["b1"][:6] -= 3
+    params = {**pipeline.dit, "feature_maps": maps}
+    save_transformer(tmp_path / "transformer", cfg, specs, params)
+
+    theirs = diffusers.WanPipeline.from_pretrained(
+        folder, transformer=load_hybrid(tmp_path / "transformer"), dtype=torch.float32
+    )
+    theirs.set_progress_bar_config(disable=True)
+    noise = generation.noise_for(jax.random.key(3), generation.latent_shape(cfg, pipeline.vae, frames, size, size), [0])
+    video = theirs(
+        prompt=prompt,
+        negative_prompt="",
+        guidance_scale=3.0,
+        height=size,
+        width=size,
+        num_frames=frames,
+        num_inference_steps=steps,
+        latents=channels_first(np.asarray(noise)),
+        output_type="np",
+    ).frames[0]
+    generator = generation.Generator(pipeline, "unipc", steps, 3.0, "float32")
+    context = generation.text_context(pipeline, [prompt, ""])
+    part = [jax.tree.map(lambda a, s=s: a[s], context) for s in (slice(0, 1), slice(1, 2))]
+    latents, _ = generator.denoise(specs, params, noise, *part)
+    ours = generator.decode(latents)[0][0] / 255
+    psnr = -10 * math.log10(np.square(ours - video).mean())
+    print(f"{steps} steps: PSNR {psnr:.1f} dB, std {video.std():.3f}")
+    assert psnr >= 50 and video.std() > 0.05  # 50 dB is the promise; a constant video would be no test

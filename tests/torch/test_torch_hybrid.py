@@ -1,0 +1,152 @@
+"""Attention in PyTorch: the numbers of JAX and of the float64 oracle for every kind, pattern, map, stabiliser."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hybrids import LABELS, relative_error
+
+from hybrid_dit.errors import UserError
+from hybrid_dit.ops import feature_maps as jax_maps
+from hybrid_dit.ops.hybrid import attention as jax_attention
+from hybrid_dit.ops.spec import PATTERNS, STABILISERS, FeatureMapSpec, from_label
+from hybrid_dit.torch import attention, softmax
+from hybrid_dit.torch.options import options
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+import oracle  # noqa: E402
+
+GRID, B, H, D = (3, 5, 7), 2, 2, 8  # 105 tokens: odd, divisible by no rate
+N = 105
+
+
+def inputs(feature_map="poly", seed=0):
+    """q, k, v and parameters of maps, float32; biases and all weights are random, so that each is seen to be used."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((B, N, H, D)).astype(np.float32) for _ in range(3))
+    shapes = jax.eval_shape(lambda: jax_maps.init(jax.random.key(0), H, D, FeatureMapSpec(feature_map)))
+    phi = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32) * 0.3, shapes)
+    return q, k, v, phi
+
+
+def to_torch(tree, dtype=torch.float32):
+    return jax.tree.map(lambda x: torch.tensor(x, dtype=dtype), tree)
+
+
+@pytest.mark.parametrize("feature_map", jax_maps.FEATURE_MAPS)
+@pytest.mark.parametrize("label", LABELS)
+def test_equals_jax_and_the_oracle(label, feature_map):
+    q, k, v, phi = inputs(feature_map)
+    for pattern in PATTERNS:
+        for stabiliser in STABILISERS:
+            maps = FeatureMapSpec(feature_map)
+            spec = from_label(label, pattern=pattern, stabiliser=stabiliser, feature_map=maps)
+            with torch.no_grad():
+                out = attention(*to_torch((q, k, v, phi)), spec=spec, grid=GRID)
+            assert out.dtype == torch.float32 and out.is_contiguous()
+            exact = oracle.attention(oracle.Point(*oracle.float64((q, k, v, phi))), spec, GRID)
+            assert relative_error(out, exact) <= 5e-6
+            assert relative_error(out, jax_attention(q, k, v, phi, spec=spec, grid=GRID)) <= 1e-5
+            if label in ("softmax", "linear"):
+                return
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("label", LABELS)
+def test_half_precision_stays_within_its_rounding(label, dtype):
+    """Against the oracle on the same 16-bit inputs: a few roundings on the way (features, state, output)."""
+    q, k, v, phi = to_torch(inputs(), dtype)
+    for stabiliser in STABILISERS:
+        spec = from_label(label, stabiliser=stabiliser)
+        out = attention(q, k, v, phi, spec=spec, grid=GRID)
+        assert out.dtype == dtype
+        point = jax.tree.map(lambda x: x.double().numpy(), (q, k, v, phi))
+        # float16 inputs too pass through bfloat16 sums (unit 2^-8): four roundings that don't all add up.
+        assert relative_error(out.double(), oracle.attention(oracle.Point(*point), spec, GRID)) <= 4 * 2.0**-8
+
+
+def test_float16_sums_do_not_overflow():
+    """105 tokens of value 1,000 and features about 1 sum up beyond float16's 65,504."""
+    q, k, v, phi = to_torch(inputs("elu"), torch.float16)
+    spec = from_label("linear", feature_map=FeatureMapSpec("elu"))
+    out = attention(q, k, torch.full_like(v, 1000.0), phi, spec=spec, grid=GRID)
+    assert (out.float() / 1000 - 1).abs().max() <= 3 * 2.0**-8
+
+
+@pytest.mark.parametrize("stabiliser", STABILISERS)
+def test_gradient_equals_that_of_jax(stabiliser):
+    """c_i is held fixed in it, for both stabilisers."""
+    q, k, v, phi = inputs()
+    spec = from_label("R4", stabiliser=stabiliser)
+    weight = np.random.default_rng(5).standard_normal(q.shape).astype(np.float32)
+
+    def loss(*args):
+        return jnp.sum(jax_attention(*args, spec=spec, grid=GRID) * weight)
+
+    want = jax.tree.leaves(jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, phi))
+    args = jax.tree.map(lambda x: x.requires_grad_(), to_torch((q, k, v, phi)))
+    (attention(*args, spec=spec, grid=GRID) * torch.tensor(weight)).sum().backward()
+    for got, expected in zip(jax.tree.leaves(args), want):
+        assert relative_error(got.grad, expected) <= 1e-4
+
+
+def test_sums_over_lengths_that_do_not_split(monkeypatch):
+    """A prime number of tokens is summed in one piece, 105 in 15; both are the same sum."""
+    q, k, v, phi = to_torch(inputs())
+    spec = from_label("R2")
+    whole = attention(q, k, v, phi, spec=spec, grid=GRID)
+    monkeypatch.setattr("hybrid_dit.torch.hybrid.SPLITS", 1)
+    assert relative_error(attention(q, k, v, phi, spec=spec, grid=GRID), whole) <= 1e-6
+    prime = tuple(x[:, :103] for x in (q, k, v))
+    assert attention(*prime, phi, spec=spec, grid=(103, 1, 1)).shape == prime[0].shape
+
+
+# All queries at once; several tiles, the last one short; fewer scores allowed than one query has.
+@pytest.mark.parametrize("max_scores", [2**24, B * H * N * 10, 1])
+def test_tiles_of_any_size_give_the_same_sums(max_scores, monkeypatch):
+    monkeypatch.setattr(softmax, "MAX_SCORES", max_scores)
+    q, k, v, _ = to_torch(inputs())
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, weight = softmax.softmax_part(q, k, v, "max")
+    s = q.double() @ k.double().mT * D**-0.5
+    p = torch.exp(s - s.amax(-1, keepdim=True))
+    assert relative_error(weight, p.sum(-1)) <= 1e-6
+    assert relative_error(out, s.softmax(-1) @ v.double()) <= 1e-6
+
+
+def test_scores_are_never_held_whole():
+    """8,192 tokens at R2 have 2 x 8,192 x 4,096 scores (256 MiB); no tensor as large as a quarter of that is made."""
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            leaves = torch.utils._pytree.tree_leaves(out)
+            self.size = max([self.size, *(x.numel() for x in leaves if isinstance(x, torch.Tensor))])
+            return out
+
+    n = 8192
+    q, k, v = (torch.randn(1, n, H, D) for _ in range(3))
+    phi = to_torch(inputs()[3])
+    for stabiliser in STABILISERS:
+        with torch.no_grad(), Largest() as largest:
+            attention(q, k, v, phi, spec=from_label("R2", stabiliser=stabiliser), grid=(8, 32, 32))
+        assert 0 < largest.size <= H * n * n / 2 / 4
+
+
+def test_backends_say_what_they_cannot_do():
+    q = torch.zeros(1, 1, 3, 8)
+    for name in ("sdpa", "cudnn", "flash"):
+        with pytest.raises(UserError, match="returns no maxima"):
+            softmax.BACKENDS[name](q, q, q, "max")
+    try:
+        options.lse = "fast"
+        with pytest.raises(UserError, match="unknown softmax backend 'fast'; choose one of plain, sdpa"):
+            softmax.softmax_part(q, q, q, "lse")
+    finally:
+        options.lse = "sdpa"
