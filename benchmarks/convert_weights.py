@@ -2,9 +2,9 @@
 
     python benchmarks/convert_weights.py [--model=1_3b|14b] [--folder=DIR] [--out=FILE.json]
 
-Writes the weights (2.84 or 28.6 GB, bfloat16), imports them, removes them, and exports both layouts from the result. The
-floor beside each time is a plain copy of the same bytes on the same disk, in pieces of 64 MiB, measured right before.
-Needs twice the size in DIR. Memory is the child process's peak resident set, everything included.
+Writes the weights (2.84 or 28.6 GB, bfloat16), imports them, removes them, and exports both layouts from the result.
+The floor beside each time is a plain copy of the same bytes on the same disk, in pieces of 64 MiB, measured right
+before. Needs twice the size in DIR. Memory is the child process's peak resident set, everything included.
 """
 
 import argparse
@@ -104,7 +104,8 @@ def main() -> None:
             shutil.rmtree(exported if what == "export" else source)
     finally:
         shutil.rmtree(args.folder)
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
     machine = f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}"
     result = {"model": args.model, "bytes": size, "machine": machine, "runs": rows}
     print(json.dumps(result, indent=2))

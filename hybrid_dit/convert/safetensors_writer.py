@@ -51,7 +51,7 @@ def write_sharded(
     Raises:
         ValueError: the tensors are not those of the plan, or a dtype that safetensors has no name for.
     """
-    folder, shards = Path(folder), _split(plan, max_bytes)
+    folder, shards = Path(folder), split(plan, max_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     count = len(shards)
     names = [f"{stem}-{i:05d}-of-{count:05d}" for i in range(1, count + 1)] if count > 1 else [stem]
@@ -72,7 +72,7 @@ def write_sharded(
     return files
 
 
-def _split(plan: Plan, max_bytes: int) -> list[dict]:
+def split(plan: Plan, max_bytes: int) -> list[dict]:
     """Cuts the plan, in its order, into parts of at most `max_bytes`."""
     shards, filled = [{}], 0
     for name, entry in plan.items():

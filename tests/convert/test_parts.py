@@ -1,7 +1,9 @@
 """All parts of a pipeline in every layout: what is told from shapes, what is converted, what is refused by name."""
 
 import json
+import math
 import shutil
+from pathlib import Path
 
 import diffusers
 import jax
@@ -9,10 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from pipelines import random_like, random_pipeline
 
-from hybrid_dit.convert import commands, sources, tables
+from hybrid_dit.convert import commands, safetensors_writer, sizes, sources, tables
 from hybrid_dit.convert.files import Weights, write_safetensors
 from hybrid_dit.convert.params import Param, ValueCheck, count_nonfinite, to_tree
 from hybrid_dit.convert.pipeline import load_pipeline
@@ -77,6 +80,62 @@ def test_every_part_is_known_by_its_tensors_and_converts_both_ways(tmp_path, con
         }
         assert sources.open_part(tmp_path / target).config == config  # now from its config.json
     assert "complete " + sources.TITLES[part.kind] in commands.inspect_weights(tmp_path / "orbax")
+
+
+FULL = {  # published sizes -> tensors and parameters in the published files
+    "dit_1_3b": (WanConfig(dim=1536, num_heads=12, ffn_dim=8960, num_layers=30), 825, 1_418_996_800),
+    "dit_14b": (WanConfig(dim=5120, num_heads=40, ffn_dim=13824, num_layers=40), 1095, 14_288_491_584),
+    "umt5_xxl": (UMT5Config(256384, 4096, 64, 10240, 24, 64), 242, 5_680_910_336),
+    "vae": (VAEConfig(), 194, 126_892_531),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_key_sets_are_complete_and_invertible(name):
+    """Names and shapes only: what the table makes of the Flax tree is told apart, recognised and expanded back."""
+    config, count, parameters = FULL[name]
+    tree = sources.abstract(config)
+    for layout in sources.LAYOUTS:
+        table = sources.entries(config, (), layout, tree)
+        shapes = {key: entry.torch_shape for key, entry in table.items()}
+        assert len(shapes) == count and sum(map(math.prod, shapes.values())) == parameters
+        kind, found, prefix = sources.recognise(shapes)
+        assert found == layout and prefix == ""
+        inferred, _ = sizes.INFER[kind](Path("file"), layout, shapes)
+        assert inferred == config
+    with torch.device("meta"):
+        theirs = {
+            "transformer": lambda: diffusers.WanTransformer3DModel(
+                num_attention_heads=config.num_heads, ffn_dim=config.ffn_dim, num_layers=config.num_layers
+            ),
+            "text_encoder": lambda: transformers.UMT5EncoderModel(transformers.UMT5Config(**config.to_hf())),
+            "vae": diffusers.AutoencoderKLWan,
+        }[kind]()
+    expected = {key: tuple(tensor.shape) for key, tensor in theirs.state_dict().items()}
+    expected.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
+    assert shapes == expected
+
+
+def test_a_deep_model_with_the_published_depth_survives_every_round_trip(tmp_path):
+    config = WanConfig(dim=128, num_heads=1, ffn_dim=8, num_layers=40, in_channels=4, text_dim=8, freq_dim=16)
+    tree = random_tree(config)
+    write_safetensors(tmp_path / "in.safetensors", tensors(config, "wan", tree, ml_dtypes.bfloat16), {})
+    commands.import_weights(tmp_path / "in.safetensors", tmp_path / "orbax")
+    commands.export_weights(tmp_path / "orbax", tmp_path / "diffusers", "diffusers")
+    commands.import_weights(tmp_path / "diffusers", tmp_path / "again")
+    commands.export_weights(tmp_path / "again", tmp_path / "wan", "wan")
+    before, after = Weights(tmp_path / "in.safetensors"), Weights(tmp_path / "wan")
+    assert before.shapes == after.shapes
+    assert all(before.read(key).tobytes() == after.read(key).tobytes() for key in before.shapes)
+
+
+def test_exports_are_cut_at_five_gigabytes():
+    config = FULL["dit_14b"][0]
+    table = sources.entries(config, (), "diffusers", sources.abstract(config))
+    plan = {key: (np.dtype(ml_dtypes.bfloat16), entry.torch_shape) for key, entry in table.items()}
+    shards = safetensors_writer.split(plan, safetensors_writer.SHARD_BYTES)
+    size = [sum(2 * math.prod(shape) for _, shape in shard.values()) for shard in shards]
+    assert len(shards) == 6 and max(size) <= 5 * 10**9 and sum(size) == 2 * FULL["dit_14b"][2]
 
 
 def test_conversion_to_diffusers_equals_diffusers_own(tmp_path):

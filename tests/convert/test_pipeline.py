@@ -84,6 +84,15 @@ def test_only_converted_blocks_are_stored_and_described(student, tmp_path):
     assert description["blocks"][1]["kind"] == "softmax"
 
 
+def test_diffusers_reports_feature_maps_as_unexpected_and_loads_the_rest(student, tmp_path):
+    pipeline.save_transformer(tmp_path / "out", student.wan, student.attention, student.dit)
+    model, told = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    maps = {name for name in Weights(tmp_path / "out").shapes if ".feature_map." in name}
+    assert set(told["unexpected_keys"]) == maps and not told["missing_keys"] and not told["mismatched_keys"]
+    kernel = student.dit["blocks"]["self_attn"]["q"]["kernel"]
+    np.testing.assert_array_equal(model.state_dict()["blocks.2.attn1.to_q.weight"].numpy(), kernel[2].T)
+
+
 def test_a_teacher_has_no_description(teacher, tmp_path):
     pipeline.save_transformer(tmp_path / "out", teacher.wan, (AttentionSpec(),) * 3, teacher.dit)
     assert not (tmp_path / "out" / hybrid.FILE).exists()
