@@ -16,6 +16,7 @@ from pipelines import random_like
 
 from hybrid_dit.convert import commands, hybrid, orbax_folder, pipeline, sources, tables, wan_keys
 from hybrid_dit.convert.abstract import abstract_dit
+from hybrid_dit.convert.description import FILE
 from hybrid_dit.convert.files import Weights, write_safetensors
 from hybrid_dit.convert.params import to_tree
 from hybrid_dit.errors import UserError
@@ -150,8 +151,8 @@ def test_pipelines_and_workdirs_hold_a_dit(tmp_path):
     for source in ("pipeline", "run"):
         commands.export_weights(tmp_path / source, tmp_path / f"{source}_out", "diffusers")
         assert stored(tmp_path / f"{source}_out") == stored(tmp_path / "pipeline" / "transformer")
-        description = (tmp_path / f"{source}_out" / hybrid.FILE).read_text()
-        assert description == (tmp_path / "pipeline" / "transformer" / hybrid.FILE).read_text()
+        told = (tmp_path / f"{source}_out" / FILE).read_text()
+        assert told == (tmp_path / "pipeline" / "transformer" / FILE).read_text()
 
 
 def test_inspect_tells_layout_sizes_and_every_tensor(tmp_path):

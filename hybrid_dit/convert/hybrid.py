@@ -1,51 +1,14 @@
-"""What a hybrid adds to a transformer folder: feature maps of the converted blocks, and `hybrid_config.json`.
+"""The tensors of a DiT on disk, teacher or hybrid.
 
 Feature maps are stacked over all blocks in the Flax tree and stored for converted blocks alone; slices of the others
 are never used, and zero by convention (`surgery.assemble` makes them so), so that export and import are exact inverses.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 
-from hybrid_dit.atomic import write_json
 from hybrid_dit.convert import tables, wan_keys
-from hybrid_dit.convert.files import read_json
-from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig
-from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
-
-FILE = "hybrid_config.json"
-VERSION = 1
-
-
-def write_description(folder: Path, attention: tuple[AttentionSpec, ...]) -> None:
-    """Writes `hybrid_config.json` into `folder` if any block is converted."""
-    if any(spec.converted for spec in attention):
-        blocks = [dataclasses.asdict(spec) for spec in attention]
-        write_json(folder / FILE, {"format": "hybrid_dit", "version": VERSION, "blocks": blocks})
-
-
-def read_description(folder: Path, num_layers: int) -> tuple[AttentionSpec, ...]:
-    """Returns the attention of every block; () if the folder holds a plain softmax model.
-
-    Raises:
-        UserError: the description is of another version, or doesn't fit the model.
-    """
-    path = folder / FILE
-    if not path.is_file():
-        return ()
-    value = read_json(path)
-    if value.get("version") != VERSION:
-        raise UserError(f"{path} has version {value.get('version')!r}; this release reads version {VERSION}")
-    blocks = value.get("blocks", [])
-    if len(blocks) != num_layers:
-        raise UserError(f"{path} describes {len(blocks)} blocks, but the model has {num_layers}")
-    try:
-        specs = [AttentionSpec(**{**b, "feature_map": FeatureMapSpec(**b["feature_map"])}) for b in blocks]
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{path} has an unknown or missing field: {error}") from error
-    return tuple(specs)
+from hybrid_dit.ops.spec import AttentionSpec
 
 
 def stored_entries(

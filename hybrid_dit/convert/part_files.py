@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hybrid_dit.atomic import write_json
-from hybrid_dit.convert import hybrid, orbax_folder, sources, tables, wan_keys
+from hybrid_dit.convert import description, orbax_folder, sources, tables, wan_keys
 from hybrid_dit.convert.files import write_sharded
 from hybrid_dit.convert.params import Params
 from hybrid_dit.models.umt5 import UMT5Config
@@ -65,7 +65,7 @@ def write_config(folder: Path, config: sources.Config, attention: tuple[Attentio
     if isinstance(config, WanConfig):
         write = wan_keys.config_to_wan if layout == "wan" else wan_keys.config_to_diffusers
         write_json(folder / "config.json", write(config))
-        hybrid.write_description(folder, attention)
+        description.write_description(folder, attention)
     else:
         write_json(folder / "config.json", config.to_hf() if isinstance(config, UMT5Config) else config.to_diffusers())
 

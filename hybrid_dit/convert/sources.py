@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrid_dit.convert import hybrid, orbax_folder, sizes, tables, umt5_keys, vae_keys, wan_keys
+from hybrid_dit.convert import description, hybrid, orbax_folder, sizes, tables, umt5_keys, vae_keys, wan_keys
 from hybrid_dit.convert.abstract import abstract_dit, abstract_text, abstract_vae
 from hybrid_dit.convert.files import Weights, read_json
 from hybrid_dit.convert.params import SUPPORTED, Params, from_torch
@@ -143,10 +143,11 @@ def _open_torch(path: Path, weights: Weights, kind: str | None, look) -> Part:
     config, notes = _config(kind, path, layout, shapes)
     attention = ()
     if kind == "transformer":
-        attention = hybrid.read_description(path, config.num_layers) if path.is_dir() else ()
+        attention = description.read_description(path, config.num_layers) if path.is_dir() else ()
         maps = [name for name in shapes if ".feature_map." in name]
         if maps and not attention:
-            raise UserError(f"{path} has feature maps ({maps[0]}, ...) but no {hybrid.FILE} to say what they are for")
+            told = f"{path} has feature maps ({maps[0]}, ...)"
+            raise UserError(f"{told} but no {description.FILE} to say what they are for")
     if getattr(config, "num_layers", 0) > len(shapes):  # before a table of as many blocks is made
         raise UserError(f"{path} holds {len(shapes)} tensors, too few for the {config.num_layers} blocks of its config")
     tree = abstract(config, attention)
@@ -170,7 +171,7 @@ def _open_orbax(path: Path) -> Part:
     content = read_json(path / "config.json")
     kind = kind_of_config(content)
     config, _ = _config(kind, path, "diffusers", {})
-    attention = hybrid.read_description(path, config.num_layers) if kind == "transformer" else ()
+    attention = description.read_description(path, config.num_layers) if kind == "transformer" else ()
     params = orbax_folder.open_params(path)
     wanted = {name: tuple(leaf.shape) for name, leaf in tables.flatten(abstract(config, attention)).items()}
     wrong = [name for name in wanted if name not in params or params[name].shape != wanted[name]]

@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hybrid_dit.convert.description import write_description
+from hybrid_dit.convert.json_file import read_json
 from hybrid_dit.errors import UserError
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid
-from hybrid_dit.torch.export import find_transformer, load_into, read_description, read_json, write_description
+from hybrid_dit.torch.export import find_transformer, load_into, read_attention
 from hybrid_dit.torch.modules import FeatureMaps, rotate
 
 
@@ -35,13 +37,13 @@ def load_hybrid(folder: str | Path, dtype: torch.dtype | None = None, device: st
         raise UserError(f"load_hybrid needs diffusers ({error}): pip install diffusers accelerate") from error
     folder = find_transformer(folder)
     config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("num_attention_heads"), int):
+    if not isinstance(config.get("num_attention_heads"), int):
         raise UserError(
             f"{folder}/config.json is not of diffusers' WanTransformer3DModel; for the original's layout use patch_wan"
         )
     with init_empty_weights(include_buffers=False):
         model = WanTransformer3DModel.from_config(config)
-        specs = read_description(folder, len(model.blocks))
+        specs = read_attention(folder, len(model.blocks))
         for block, spec in zip(model.blocks, specs):
             if spec.converted:
                 heads = model.config.num_attention_heads

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hybrid_dit.errors import UserError
 from hybrid_dit.ops.tokens import Grid
-from hybrid_dit.torch.export import find_transformer, load_into, read_description
+from hybrid_dit.torch.export import find_transformer, load_into, read_attention
 from hybrid_dit.torch.modules import FeatureMaps, rotate
 
 
@@ -25,7 +25,7 @@ def patch_wan(model: nn.Module, folder: str | Path) -> nn.Module:
         UserError: the folder is no hybrid, or doesn't fit the model.
     """
     folder = find_transformer(folder)
-    specs = read_description(folder, len(model.blocks))
+    specs = read_attention(folder, len(model.blocks))
     projection = model.blocks[0].self_attn.q.weight
     converted = [(block, spec) for block, spec in zip(model.blocks, specs) if spec.converted]
     for block, _ in converted:

@@ -14,8 +14,9 @@ import torch
 from pipelines import random_like, random_pipeline
 
 from hybrid_dit import surgery
-from hybrid_dit.convert import hybrid, pipeline, tables
+from hybrid_dit.convert import pipeline, tables
 from hybrid_dit.convert.abstract import abstract_dit
+from hybrid_dit.convert.description import FILE
 from hybrid_dit.convert.files import Weights
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanDiT
@@ -79,9 +80,9 @@ def test_only_converted_blocks_are_stored_and_described(student, tmp_path):
     maps = {name for name in Weights(tmp_path / "out").shapes if ".feature_map." in name}
     assert {name.split(".")[1] for name in maps} == {"0", "2"}
     assert "blocks.0.feature_map.q.w0" in maps
-    description = json.loads((tmp_path / "out" / hybrid.FILE).read_text())
-    assert description["blocks"][2] == dataclasses.asdict(SPEC)
-    assert description["blocks"][1]["kind"] == "softmax"
+    told = json.loads((tmp_path / "out" / FILE).read_text())
+    assert told["blocks"][2] == dataclasses.asdict(SPEC)
+    assert told["blocks"][1]["kind"] == "softmax"
 
 
 def test_diffusers_reports_feature_maps_as_unexpected_and_loads_the_rest(student, tmp_path):
@@ -95,7 +96,7 @@ def test_diffusers_reports_feature_maps_as_unexpected_and_loads_the_rest(student
 
 def test_a_teacher_has_no_description(teacher, tmp_path):
     pipeline.save_transformer(tmp_path / "out", teacher.wan, (AttentionSpec(),) * 3, teacher.dit)
-    assert not (tmp_path / "out" / hybrid.FILE).exists()
+    assert not (tmp_path / "out" / FILE).exists()
     assert pipeline.load_transformer(tmp_path / "out")[1] == ()
 
 
@@ -140,9 +141,9 @@ def edit_json(path, **values):
         (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is missing"),
         (lambda f: edit_json(f / "transformer" / "config.json", num_layers=4), "describes 3 blocks, but the model has"),
         (lambda f: edit_json(f / "transformer" / "config.json", ffn_dim=40), r"has shape \[48.*\], expected \[40"),
-        (lambda f: edit_json(f / "transformer" / hybrid.FILE, version=2), "version 2; this release reads version 1"),
-        (lambda f: edit_json(f / "transformer" / hybrid.FILE, blocks=[]), "describes 0 blocks, but the model has 3"),
-        (lambda f: (f / "transformer" / hybrid.FILE).unlink(), "has feature maps .blocks.0.feature_map.k.b0, ...."),
+        (lambda f: edit_json(f / "transformer" / FILE, version=2), "version 2; this release reads version 1"),
+        (lambda f: edit_json(f / "transformer" / FILE, blocks=[]), "describes 0 blocks, but the model has 3"),
+        (lambda f: (f / "transformer" / FILE).unlink(), "has feature maps .blocks.0.feature_map.k.b0, ...."),
     ],
 )
 def test_broken_folders_are_refused_with_the_place(student, tmp_path, change, message):

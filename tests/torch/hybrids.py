@@ -6,7 +6,7 @@ import safetensors.numpy
 import torch
 from pipelines import random_like
 
-from hybrid_dit.convert import hybrid, tables
+from hybrid_dit.convert import description, hybrid, tables
 from hybrid_dit.convert.abstract import abstract_dit
 from hybrid_dit.convert.pipeline import load_transformer, save_transformer
 from hybrid_dit.models.wan import WanConfig, WanDiT
@@ -40,7 +40,7 @@ def write_original_layout(folder, specs, params):
     entries = hybrid.stored_entries(CONFIG, specs, "wan", params)
     stored = {name: np.ascontiguousarray(t, np.float32) for name, t in tables.export_tree(entries, params)}
     safetensors.numpy.save_file(stored, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    hybrid.write_description(folder, specs)
+    description.write_description(folder, specs)
 
 
 def random_inputs(batch=2, grid=GRID):
