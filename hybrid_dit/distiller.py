@@ -239,13 +239,16 @@ class Distiller:
         """One block: loss of every rate, gradient, AdamW. `kept` is what `_nested` returns beside the output."""
         *qkv, teacher, sums = kept
         metrics, grads = {"loss": {}, "error": {}}, {}
-        for label, spec in self.specs.items():  # one after another: activations of one rate at a time
+        for label, spec in self.specs.items():
 
-            def loss(phi, label=label, spec=spec):
+            def loss(phi, label=label, spec=spec, qkv=tuple(qkv)):
                 phi = jax.tree.map(self._whole, phi)
-                return surgery.rate_loss(phi, tuple(qkv), teacher, sums[label], spec, grid, self.loss, key)
+                return surgery.rate_loss(phi, qkv, teacher, sums[label], spec, grid, self.loss, key)
 
             of_rate = jax.value_and_grad(loss, has_aux=True)(state["maps"][label])
+            # The next rate waits for this one's gradient, so that one rate's activations are in memory at a time (where
+            # the compiler keeps barriers until it has put the program in order: not on CPUs).
+            qkv, of_rate = jax.lax.optimization_barrier((qkv, of_rate))
             (metrics["loss"][label], metrics["error"][label]), grads[label] = of_rate
         updates, opt = self._tx.update(grads, state["opt"], state["maps"])
         return {"maps": optax.apply_updates(state["maps"], updates), "opt": opt}, metrics
@@ -288,6 +291,7 @@ class Distiller:
         run = self._over_queries(partial(nested_sums, specs=hybrid, grid=grid), axes)
 
         def attend(q, k, v):
+            q, k, v = (self._split(x, axes) for x in (q, k, v))
             y, sums = run(q, k, v)
             zero = jnp.zeros(())
             return y, (q, k, v, y, {label: sums.get(label, (zero, zero)) for label in self.specs})
