@@ -7,10 +7,11 @@ import pytest
 from ops import oracle
 
 from hybrid_dit import surgery
-from hybrid_dit.convert.pipeline import abstract_dit
+from hybrid_dit.convert.abstract import abstract_dit
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig
 from hybrid_dit.ops import feature_maps
+from hybrid_dit.ops.hybrid import softmax_part
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec, from_label
 
 GRID, B, H, D = (2, 3, 4), 2, 3, 6
@@ -92,36 +93,35 @@ def test_attention_loss_survives_logits_that_overflow_exp():
 
 
 @pytest.mark.parametrize("loss", surgery.LOSSES)
-def test_block_losses_sum_over_kinds_and_report_errors_of_eq_5(loss):
+@pytest.mark.parametrize("spec", SPECS[::2], ids=lambda s: s.label)
+def test_rate_loss_is_that_of_eq_5_beside_its_relative_error(spec, loss):
     q, k, v = qkv(5)
-    specs = {"R2": SPECS[0], "linear": SPECS[2]}
-    phi = {label: phi_for(spec, i) for i, (label, spec) in enumerate(specs.items())}
+    phi = phi_for(spec)
     softmax = oracle.attention(oracle.Point(*oracle.float64((q, k, v)), {}), AttentionSpec(), GRID)
     teacher = jnp.asarray(softmax, jnp.float32)
-    key = jax.random.key(0)
-    total, errors = surgery.block_losses(phi, (q, k, v), teacher, specs, GRID, loss, key)
-    expected = {}
-    for label, spec in specs.items():
-        student = oracle.attention(oracle.Point(*oracle.float64((q, k, v, phi[label]))), spec, GRID)
-        distance = np.abs(student - np.asarray(teacher, np.float64))
-        np.testing.assert_allclose(errors[label], distance.sum() / np.abs(teacher).sum(), rtol=1e-5)
-        expected[label] = distance.mean()
-        if loss == "attention":
-            expected[label] = np.log1p(attention_error(q, k, phi[label], spec).sum() / B)
+    sums = softmax_part(q, k, v, spec, GRID)
+    value, error = surgery.rate_loss(phi, (q, k, v), teacher, sums, spec, GRID, loss, jax.random.key(0))
+    videos = surgery.video_errors({"x": phi}, (q, k, v), teacher, {"x": sums}, {"x": spec}, GRID)
+    student = oracle.attention(oracle.Point(*oracle.float64((q, k, v, phi))), spec, GRID)
+    distance = np.abs(student - np.asarray(teacher, np.float64))
+    expected = distance.mean() if loss == "value" else np.log1p(attention_error(q, k, phi, spec).sum() / B)
     # Attention rounds at a few 1e-7 of its values, of which errors are a tenth and more.
-    np.testing.assert_allclose(total, sum(expected.values()), rtol=1e-5)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(error, distance.sum() / np.abs(teacher).sum(), rtol=1e-5)
+    each = distance.sum(axis=(1, 2, 3)) / np.abs(teacher).sum(axis=(1, 2, 3))
+    np.testing.assert_allclose(videos["x"], each, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", surgery.LOSSES)
 def test_gradient_steps_on_the_losses_lower_them(loss):
     q, k, v = qkv(6)
-    specs = {"R4": SPECS[1]}
     teacher = jax.nn.dot_product_attention(q, k, v)
+    sums = softmax_part(q, k, v, SPECS[1], GRID)
 
     def objective(phi):
-        return surgery.block_losses(phi, (q, k, v), teacher, specs, GRID, loss, jax.random.key(0))[0]
+        return surgery.rate_loss(phi, (q, k, v), teacher, sums, SPECS[1], GRID, loss, jax.random.key(0))[0]
 
-    phi = {"R4": phi_for(SPECS[1])}
+    phi = phi_for(SPECS[1])
     step = jax.jit(lambda phi: jax.tree.map(lambda p, g: p - 1e-2 * g, phi, jax.grad(objective)(phi)))
     before = objective(phi)
     for _ in range(20):
