@@ -1,12 +1,14 @@
 """Rate selection against OR-tools' CP-SAT: same optimum on random instances of 40 blocks x 5 rates, and its time.
 
-    python benchmarks/knapsack.py [--instances 1000] [--ties 200] [--out docs/results/knapsack.json]   # 2 cores: minutes
+    python benchmarks/knapsack.py [--instances 1000] [--ties 200] [--out docs/results/knapsack.json]   # half a minute
 
 Needs `pip install ortools` (not a dependency of the package or its tests). CP-SAT takes integers, so it gets float
 tables as multiples of 2^-40 of their largest entry: 40 roundings of 2^-41 each are 2e-11, far below the 1e-9 to which
-objectives are compared. Its presolve is off: with it, ortools 9.15 calls choices optimal that are not (seeds 178 and 292
-here, off by 1% and 0.2%; SCIP, HiGHS and CBC agree with us and with CP-SAT without presolve). Instances of the second kind are small integers, full of ties, where OR-tools minimises
-error * (1 + largest cost) + cost: our error and cost must both be equal to its, exactly.
+objectives are compared. Its presolve is off: with it, ortools 9.15 calls choices optimal that are not (seeds 178 and
+292 here, off by 1% and 0.2%; SCIP, HiGHS and CBC agree with us and with CP-SAT without presolve).
+
+Instances of the second kind are small integers, full of ties, where OR-tools minimises error * (1 + largest cost) +
+cost: our error and cost must both be equal to its, exactly.
 """
 
 import argparse

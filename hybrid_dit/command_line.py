@@ -1,8 +1,8 @@
 """The command line: `--config=FILE.py[:MODEL] --workdir=DIR [--config.x.y=value ...]`, with errors a person can act on.
 
 A config file defines `get_config` (with the model's name as its argument, if it has one), which returns a ConfigDict.
-Overrides are read as the type of the value they replace; a tuple is written a,b,c. A config with a `default_workdir` needs
-no --workdir.
+Overrides are read as the type of the value they replace; a tuple is written a,b,c. A config with a
+`default_workdir` needs no --workdir.
 """
 
 import ast

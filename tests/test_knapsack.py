@@ -149,7 +149,7 @@ def test_full_size_random_floats_in_time():
 
 
 def test_full_size_random_floats_against_a_mixed_integer_programme():
-    # scipy's HiGHS; `benchmarks/knapsack.py` does the same with OR-tools on 1,000 instances. HiGHS allows a budget to be
+    # scipy's HiGHS; `benchmarks/knapsack.py` does the same with OR-tools on 1,000 instances. HiGHS lets a budget be
     # missed by 1e-6, hence the look at its choice; that choice's error is then a float sum like ours (40 roundings).
     for seed in range(12):
         rng = np.random.default_rng(seed)
