@@ -198,10 +198,30 @@ def test_pareto_points_are_the_efficient_ones():
         for c in itertools.product(range(3), repeat=4)
     ]
     efficient = sorted({p for p in everything if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in everything)})
-    # Integer costs: one budget per unit finds the whole front.
-    span = int(efficient[-1][0] - efficient[0][0])
     assert len(efficient) == 10
-    assert [(s.cost, s.error) for s in knapsack.pareto(errors, costs, points=span + 1)] == efficient
+    assert [(s.cost, s.error) for s in knapsack.pareto(errors, costs)] == efficient
+
+
+def test_pareto_answers_every_budget_as_the_solver_does():
+    # 30 blocks at 4 rates whose cost depends on the rate alone, once in FLOPs and once in seconds (floats).
+    rng = np.random.default_rng(6)
+    errors = np.sort(rng.random((30, 4)), axis=1)
+    for rates in (np.array([94, 63, 47, 39]) * 10**9, np.array([11.4, 7.6, 4.7, 3.6]) * 1e-3):
+        costs = np.tile(rates, (30, 1))
+        front = knapsack.pareto(errors, costs)
+        assert all(a.cost < b.cost and a.error > b.error for a, b in zip(front, front[1:]))
+        for budget in rng.uniform(30 * rates[3], 30 * rates[0], 20):
+            answer = [s for s in front if s.cost <= budget][-1]
+            found = solve(errors, costs, float(budget))
+            assert (answer.error, answer.cost) == (found.error, found.cost)
+            assert answer.choice.tolist() == found.choice.tolist()
+
+
+def test_a_front_that_explodes_is_refused():
+    rng = np.random.default_rng(7)
+    with pytest.raises(UserError, match="round the costs to fewer digits"):
+        costs = rng.random((40, 5))
+        knapsack.pareto(1 - costs, costs)
 
 
 @pytest.mark.parametrize(
