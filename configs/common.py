@@ -29,6 +29,10 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.prompts.train = "assets/prompts/train.txt" if tiny else ""  # one prompt a line
     c.prompts.held_out = "assets/prompts/held_out.txt" if tiny else ""
 
+    c.mesh = ConfigDict()  # how distillation uses several devices; what it computes doesn't depend on it
+    c.mesh.data = 1  # ways to split the videos of a batch, both branches of guidance counted
+    c.mesh.seq = 1  # ways to split the tokens while blocks train; the remaining devices go to blocks
+
     c.distill = ConfigDict()  # stage 1
     c.distill.rates = ("R2", "R4", "R8", "linear")  # what every block is distilled to
     c.distill.loss = "value"  # value (Eq. 7) or attention (Eq. 6)
@@ -38,7 +42,10 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.distill.pattern = "stride"  # which tokens are softmax tokens: stride or lattice
     c.distill.stabiliser = "max"  # c_i: max or lse
     c.distill.prompts = 6 if tiny else 400  # trajectories; each is 50 training steps
-    c.distill.batch = 1  # prompts per trajectory (both guidance branches train)
+    c.distill.batch = 1  # prompts per trajectory
+    c.distill.branches = "both"  # of guidance, as training data: both, cond or uncond
+    c.distill.activations = "inside"  # gradients inside the scan over blocks (inside), or block inputs kept (stacked)
+    c.distill.embeddings = ""  # folder of text embeddings, see hybrid_dit/text_cache.py; empty: the stage's own
     c.distill.sample_steps = 50  # Euler-ancestral
     c.distill.guidance = 5.0
     c.distill.learning_rate = 1e-3

@@ -1,9 +1,12 @@
-"""Where arrays live on several devices: one mesh axis, the batch split over it, large parameters too (FSDP).
+"""Where arrays live on several devices: the batch split over a mesh axis, large parameters too (FSDP).
+
+Most jobs have one axis. Distillation has three: blocks (independent of each other), videos, and tokens.
 
 Parameters follow `(regex, PartitionSpec)` rules over their paths. Each path must match exactly one rule, so that a new
 parameter can't end up somewhere by accident.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,8 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_dit.array_typing import PyTree
 from hybrid_dit.convert import tables
+from hybrid_dit.errors import UserError
 
 AXIS = "data"
+BLOCK, SEQ = "block", "seq"
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 # Matrices are split along the axis they contract over; a block's are gathered when the block runs. Vectors are small.
@@ -34,6 +39,33 @@ DIT_RULES: Rules = (
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh with all devices (or those given) along one axis."""
     return Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
+
+
+def distill_mesh(data: int = 1, seq: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh (block, data, seq): `data` ways of videos, `seq` of tokens, the rest of the devices for blocks.
+
+    Raises:
+        UserError: the ways don't divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if data < 1 or seq < 1 or len(devices) % (data * seq):
+        raise UserError(
+            f"{len(devices)} devices can't be split {data} ways over videos times {seq} over tokens; "
+            "choose mesh.data and mesh.seq whose product divides the number of devices"
+        )
+    return Mesh(np.array(devices).reshape(-1, data, seq), (BLOCK, AXIS, SEQ))
+
+
+def over_all_axes(mesh: Mesh, rules: Rules) -> Rules:
+    """Returns the rules with the axis of one-axis meshes replaced by all axes of `mesh` together."""
+    axes = mesh.axis_names
+    return [(pattern, PartitionSpec(*(axes if name == AXIS else name for name in spec))) for pattern, spec in rules]
+
+
+def ways(mesh: Mesh, name: str | Sequence[str] | None) -> int:
+    """Returns how many parts an entry of a PartitionSpec splits an array's axis into."""
+    names = () if name is None else (name,) if isinstance(name, str) else name
+    return math.prod(mesh.shape[n] for n in names)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -77,7 +109,7 @@ def param_shardings(mesh: Mesh, params: Mapping, rules: Rules = DIT_RULES) -> Py
         hits = [spec for pattern, spec in compiled if pattern.fullmatch(path)]
         if len(hits) != 1:
             raise ValueError(f"parameter {path} matches {len(hits)} sharding rules; expected exactly one")
-        fits = all(name is None or size % mesh.shape[name] == 0 for name, size in zip(hits[0], leaf.shape))
+        fits = all(size % ways(mesh, name) == 0 for name, size in zip(hits[0], leaf.shape))
         out[path] = NamedSharding(mesh, hits[0] if fits else PartitionSpec())
     return _like(params, out)
 

@@ -13,7 +13,7 @@ from hybrid_dit.array_typing import Array, Float, PyTree
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig
 from hybrid_dit.ops import feature_maps
-from hybrid_dit.ops.hybrid import combine, linear_part, softmax_part
+from hybrid_dit.ops.hybrid import combine, linear_part
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid, linear_mask
 
@@ -69,28 +69,46 @@ def block_losses(
     phi: Mapping[str, PyTree],
     qkv: tuple[Array, Array, Array],
     teacher: Float[Array, "b n h d"],
+    sums: Mapping[str, tuple[Array, Array]],
     specs: Mapping[str, AttentionSpec],
     grid: Grid,
     loss: str,
     key: Array,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Losses of one block for every spec, summed, and each one's relative L1 error; differentiable in `phi`.
+) -> tuple[Float[Array, ""], dict[str, dict[str, Float[Array, ""]]]]:
+    """Losses of one block summed over specs, and {"loss": {label: ...}, "error": {label: relative L1}}.
+
+    Differentiable in `phi`.
 
     Args:
         phi: label -> this block's feature maps.
         qkv: this block's q, k, v after norm and RoPE, from the teacher.
         teacher: the teacher's attention output, softmax(q kᵀ) v.
+        sums: label -> softmax part of Eq. 5, from `ops.nested.nested_sums`.
         specs: label -> what to distil to.
         grid: of the tokens.
         loss: "value" or "attention".
         key: for sampled rows of the attention loss.
     """
-    total, errors = 0.0, {}
+    losses, errors = {}, {}
     for label, spec in specs.items():
-        student = combine(softmax_part(*qkv, spec, grid), linear_part(*qkv, phi[label], spec, grid))
-        value, errors[label] = value_loss(teacher, student)
-        total += value if loss == "value" else attention_loss(*qkv[:2], phi[label], spec, grid, key)
-    return total, errors
+        student = combine(sums[label], linear_part(*qkv, phi[label], spec, grid))
+        losses[label], errors[label] = value_loss(teacher, student)
+        if loss == "attention":
+            losses[label] = attention_loss(*qkv[:2], phi[label], spec, grid, key)
+    return sum(losses.values()), {"loss": losses, "error": errors}
+
+
+def video_errors(
+    phi: Mapping[str, PyTree],
+    qkv: tuple[Array, Array, Array],
+    teacher: Float[Array, "b n h d"],
+    sums: Mapping[str, tuple[Array, Array]],
+    specs: Mapping[str, AttentionSpec],
+    grid: Grid,
+) -> dict[str, Float[Array, "b"]]:
+    """Relative L1 error ‖y − ŷ‖₁ / ‖y‖₁ of one block for every spec, video by video; arguments as `block_losses`."""
+    students = {s: combine(sums[s], linear_part(*qkv, phi[s], spec, grid)) for s, spec in specs.items()}
+    return {label: jax.vmap(value_loss)(teacher, student)[1] for label, student in students.items()}
 
 
 def assemble(

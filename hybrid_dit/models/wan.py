@@ -7,6 +7,7 @@ depth; the few distinct attentions of a hybrid are branches of a `lax.switch` in
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -112,45 +113,24 @@ class WanDiT(nn.Module):
             raise UserError(f"{len(specs)} attention specs for {cfg.num_layers} blocks; give one per block")
         distinct = tuple(dict.fromkeys(specs))
 
-        dense = partial(nn.Dense, dtype=self.dtype)
-        patches = rearrange(
-            latents, "b (t p) (y q) (x r) c -> b (t y x) (p q r c)", p=cfg.patch[0], q=cfg.patch[1], r=cfg.patch[2]
-        )
-        x = dense(cfg.dim, name="patch_embedding")(patches)
+        # Parts of their own, so that a job can run the blocks in another way; parameters lie in this module's scope.
+        embed, head = WanEmbedding(cfg, self.dtype), WanHead(cfg, self.dtype)
+        nn.share_scope(self, embed)
+        nn.share_scope(self, head)
 
-        # The original computes time embedding and modulation in float32 whatever the model's dtype.
-        time = timestep_embedding(timestep, cfg.freq_dim)
-        time = nn.Dense(cfg.dim, name="time_embedding_0")(time)
-        time = nn.Dense(cfg.dim, name="time_embedding_2")(nn.silu(time))
-        time6 = nn.Dense(6 * cfg.dim, name="time_projection")(nn.silu(time)).reshape(-1, 6, cfg.dim)
-
-        text = dense(cfg.dim, name="text_embedding_0")(text)
-        text = dense(cfg.dim, name="text_embedding_2")(nn.gelu(text, approximate=True))
-        text_bias = None if text_count is None else jnp.log(text_count.astype(jnp.float32))
-
+        x, time, conditions = embed(latents, timestep, text, text_count)
         phi = self._feature_maps(distinct)
         block = nn.remat(WanBlock, prevent_cse=False) if self.remat else WanBlock
         blocks = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, *(nn.broadcast,) * len(conditions)),
             length=cfg.num_layers,
         )(cfg, distinct, grid, self.dtype, name="blocks")
         which = jnp.asarray([distinct.index(s) for s in specs], jnp.int32)
-        x, _ = blocks(x, which, phi, time6, text, text_bias, rope_table(grid, cfg.head_dim))
-
-        modulation = self.param("head_modulation", nn.initializers.normal(cfg.dim**-0.5), (2, cfg.dim))
-        shift, scale = jnp.split(modulation + time[:, None], 2, axis=1)
-        x = (layer_norm(x, cfg.eps) * (1 + scale) + shift).astype(self.dtype)
-        out_dim = math.prod(cfg.patch) * cfg.in_channels
-        x = dense(out_dim, kernel_init=nn.initializers.zeros, name="head")(x)  # as in the original
-        return rearrange(
-            x.astype(jnp.float32),
-            "b (t y x) (p q r c) -> b (t p) (y q) (x r) c",
-            **dict(zip("tyx", grid)),
-            **dict(zip("pqr", cfg.patch)),
-        )
+        x, _ = blocks(x, which, phi, *conditions)
+        return head(x, time, grid)
 
     def _feature_maps(self, distinct: tuple[AttentionSpec, ...]):
         """Declares `params["feature_maps"]`, stacked over ALL blocks; absent if nothing is converted.
@@ -173,13 +153,73 @@ class WanDiT(nn.Module):
         return self.param("feature_maps", init)
 
 
+class WanEmbedding(nn.Module):
+    """What comes before the blocks. Parameters: those of `WanDiT` of the same names."""
+
+    config: WanConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, latents, timestep, text, text_count=None):
+        """Arguments as for `WanDiT`.
+
+        Returns:
+            (tokens [b, n, c], time embedding [b, c] for the head, what every block gets beside its tokens: time6
+            [b, 6, c], text [b, l, c], text_bias [b, l] or None, RoPE table).
+        """
+        cfg = self.config
+        dense = partial(nn.Dense, dtype=self.dtype)
+        patches = rearrange(
+            latents, "b (t p) (y q) (x r) c -> b (t y x) (p q r c)", p=cfg.patch[0], q=cfg.patch[1], r=cfg.patch[2]
+        )
+        x = dense(cfg.dim, name="patch_embedding")(patches)
+
+        # The original computes time embedding and modulation in float32 whatever the model's dtype.
+        time = timestep_embedding(timestep, cfg.freq_dim)
+        time = nn.Dense(cfg.dim, name="time_embedding_0")(time)
+        time = nn.Dense(cfg.dim, name="time_embedding_2")(nn.silu(time))
+        time6 = nn.Dense(6 * cfg.dim, name="time_projection")(nn.silu(time)).reshape(-1, 6, cfg.dim)
+
+        text = dense(cfg.dim, name="text_embedding_0")(text)
+        text = dense(cfg.dim, name="text_embedding_2")(nn.gelu(text, approximate=True))
+        text_bias = None if text_count is None else jnp.log(text_count.astype(jnp.float32))
+        return x, time, (time6, text, text_bias, rope_table(cfg.grid(latents.shape), cfg.head_dim))
+
+
+class WanHead(nn.Module):
+    """What comes after the blocks: tokens [b, n, c] and time embedding [b, c] to velocity [b, t, y, x, c], float32."""
+
+    config: WanConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x, time, grid):
+        """`grid` is that of the tokens."""
+        cfg = self.config
+        modulation = self.param("head_modulation", nn.initializers.normal(cfg.dim**-0.5), (2, cfg.dim))
+        shift, scale = jnp.split(modulation + time[:, None], 2, axis=1)
+        x = (layer_norm(x, cfg.eps) * (1 + scale) + shift).astype(self.dtype)
+        out_dim = math.prod(cfg.patch) * cfg.in_channels
+        x = nn.Dense(out_dim, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="head")(x)  # as in the original
+        return rearrange(
+            x.astype(jnp.float32),
+            "b (t y x) (p q r c) -> b (t p) (y q) (x r) c",
+            **dict(zip("tyx", grid)),
+            **dict(zip("pqr", cfg.patch)),
+        )
+
+
 class WanBlock(nn.Module):
-    """One transformer block: modulated self-attention, cross-attention to the text, modulated feed-forward."""
+    """One transformer block: modulated self-attention, cross-attention to the text, modulated feed-forward.
+
+    `attend`, if given, is run in place of `specs`; see `SelfAttention`.
+    """
 
     config: WanConfig
     specs: tuple[AttentionSpec, ...]
     grid: Grid
     dtype: DTypeLike
+    attend: Callable | None = None
 
     @nn.compact
     def __call__(self, x, which, phi, time6, text, text_bias, rope):
@@ -189,7 +229,7 @@ class WanBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation + time6, 6, axis=1)
 
         y = (layer_norm(x, cfg.eps) * (1 + scale1) + shift1).astype(self.dtype)
-        y = SelfAttention(cfg, self.specs, self.grid, self.dtype, name="self_attn")(y, which, phi, rope)
+        y = SelfAttention(cfg, self.specs, self.grid, self.dtype, self.attend, name="self_attn")(y, which, phi, rope)
         x = (x.astype(jnp.float32) + y * gate1).astype(self.dtype)
 
         y = nn.LayerNorm(epsilon=cfg.eps, name="norm3", dtype=jnp.float32)(x).astype(self.dtype)
@@ -205,13 +245,15 @@ class SelfAttention(nn.Module):
     """Self-attention with qk-norm and RoPE; the attention itself is `specs[which]`.
 
     Sows q, k, v (after norm and RoPE, what every attention kind sees) and the attention's output, each [b, n, h, d], as
-    the intermediate "attention"; free unless asked for.
+    the intermediate "attention"; free unless asked for. With `attend`, (q, k, v) -> (output, anything), what it returns
+    beside the output is sown instead.
     """
 
     config: WanConfig
     specs: tuple[AttentionSpec, ...]
     grid: Grid
     dtype: DTypeLike
+    attend: Callable | None = None
 
     @nn.compact
     def __call__(self, x, which, phi, rope):
@@ -219,14 +261,21 @@ class SelfAttention(nn.Module):
         cfg = self.config
         q, k, v = _qkv(self, cfg, self.dtype, x, x)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if self.attend is not None:
+            y, kept = self.attend(q, k, v)
+        else:
+            y = self._by_spec(q, k, v, which, phi)
+            kept = q, k, v, y
+        self.sow("intermediates", "attention", kept, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return nn.Dense(cfg.dim, dtype=self.dtype, name="o")(rearrange(y, "b n h d -> b n (h d)"))
+
+    def _by_spec(self, q, k, v, which, phi):
         # Checkpointed, so that a switch keeps q, k, v for the backward pass and not every branch's internals.
         branches = [
             jax.checkpoint(lambda q, k, v, phi, spec=spec: attention(q, k, v, phi, spec=spec, grid=self.grid))
             for spec in self.specs
         ]
-        y = branches[0](q, k, v, phi) if len(branches) == 1 else jax.lax.switch(which, branches, q, k, v, phi)
-        self.sow("intermediates", "attention", (q, k, v, y), reduce_fn=lambda _, new: new, init_fn=lambda: None)
-        return nn.Dense(cfg.dim, dtype=self.dtype, name="o")(rearrange(y, "b n h d -> b n (h d)"))
+        return branches[0](q, k, v, phi) if len(branches) == 1 else jax.lax.switch(which, branches, q, k, v, phi)
 
 
 class CrossAttention(nn.Module):

@@ -39,11 +39,11 @@ def attention(
 
 
 def softmax_part(
-    q: Float[Array, "b n h d"], k: Float[Array, "b n h d"], v: Float[Array, "b n h d"], spec: AttentionSpec, grid: Grid
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"], spec: AttentionSpec, grid: Grid
 ) -> tuple[Array, Array]:
     """The sums of Eq. 5 over S: numerator [b, n, h, d] and denominator [b, n, h], float32; scalar zeros without S.
 
-    Independent of φ: distillation computes it once per rate and block.
+    Independent of φ. For many rates at once, and with a shard of the queries, see `ops.nested`.
     """
     if spec.kind == "linear":
         return jnp.zeros(()), jnp.zeros(())

@@ -45,12 +45,13 @@ def softmax_attention(
 
     On a GPU with 16-bit inputs cuDNN's fused kernel runs, elsewhere tiles of XLA operations.
     """
-    if _fused_on_gpu(q):
+    if fused_on_gpu(q):
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     o, normaliser, _ = softmax_sums(q, k, v)
     return (o / normaliser[..., None]).astype(q.dtype)
 
 
-def _fused_on_gpu(q: Array) -> bool:
+def fused_on_gpu(q: Array) -> bool:
+    """Whether cuDNN's fused attention takes these queries: 16 bits, heads of up to 128, on a GPU."""
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return fits and jax.default_backend() == "gpu"
