@@ -10,7 +10,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybrid_dit import cost, generation, hlo, sharding, targets
+from hybrid_dit import cost, distiller, generation, hlo, sharding, targets
 from hybrid_dit.atomic import write_json
 from hybrid_dit.convert.pipeline import abstract_dit, load_pipeline_config
 from hybrid_dit.errors import UserError
@@ -26,6 +25,7 @@ from hybrid_dit.jobs import finetune
 from hybrid_dit.models.vae import VAEConfig
 from hybrid_dit.models.wan import PRESETS, SelfAttention, WanConfig
 from hybrid_dit.ops import feature_maps
+from hybrid_dit.ops.nested import nested_chain
 from hybrid_dit.ops.rope import rope_table
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.pairs import Pairs
@@ -88,7 +88,7 @@ def plan(config, wan: WanConfig, shape: tuple[int, ...], target: Target) -> dict
         "flops_per_device": flops(config, wan, shape) / len(target.devices),
     }
     began = time.monotonic()
-    lowered = lower(config, wan, shape, sharding.data_mesh(target.devices))
+    lowered = lower(config, wan, shape, target)
     report["trace_seconds"] = round(time.monotonic() - began, 1)
     began = time.monotonic()
     try:
@@ -127,46 +127,19 @@ def no_cache():
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-def distill_step(config, wan: WanConfig, shape: tuple[int, ...], mesh: Mesh) -> jax.stages.Lowered:
+def distill_step(config, wan: WanConfig, shape: tuple[int, ...], target: Target) -> jax.stages.Lowered:
     """Stage 1's step."""
-    from hybrid_dit.jobs.distill import Distiller
-    from hybrid_dit.sampling import make_sampler
-
-    cfg = config.distill
-    distiller = Distiller(
-        wan=wan,
-        specs=specs_from_config(cfg),
-        sampler=make_sampler("euler_ancestral", num_steps=cfg.sample_steps, shift=3.0),
-        guidance=cfg.guidance,
-        loss=cfg.loss,
-        learning_rate=cfg.learning_rate,
-        dtype=config.model.compute_dtype,
-    )
-    whole = sharding.replicated(mesh)
-    state = jax.eval_shape(distiller.init, jax.random.key(0))
-    places = sharding.stacked_sharding(state, mesh)
-    dit = abstract_dit(wan)
-    put = partial(jax.tree.map, lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place))
-    one = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=whole)  # noqa: E731
-    context = tuple((one(b, TEXT_TOKENS + 1, wan.text_dim), one(b, TEXT_TOKENS + 1)) for b in (cfg.batch, 1))
-    step = jax.jit(distiller.step, donate_argnums=0, out_shardings=(places, whole, whole))
-    return step.lower(
-        put(state, places),
-        put(dit, sharding.param_shardings(mesh, dit)),
-        one(cfg.batch, *shape),
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
-        context,
-        put(jax.eval_shape(jax.random.key, 0), whole),
-    )
+    mesh = sharding.distill_mesh(config.mesh.data, config.mesh.seq, target.devices)
+    return distiller.abstract_step(config, wan, shape, TEXT_TOKENS + 1, mesh)
 
 
-def finetune_step(config, wan: WanConfig, shape: tuple[int, ...], mesh: Mesh) -> jax.stages.Lowered:
+def finetune_step(config, wan: WanConfig, shape: tuple[int, ...], target: Target) -> jax.stages.Lowered:
     """Stage 3's step for the hybrid that the budget's name stands for, 15R4: the first 15 blocks at R = 4."""
     cfg = config.finetune
     attention = planned_attention(config, wan)
     text, count = np.zeros((1, TEXT_TOKENS + 1, wan.text_dim), np.float32), np.zeros((1, TEXT_TOKENS + 1), np.float32)
     empty = Pairs(np.zeros((1, *shape), np.float32), text, count)
-    trainer = finetune.Trainer(config, wan, attention, 3.0, empty, mesh)
+    trainer = finetune.Trainer(config, wan, attention, 3.0, empty, sharding.data_mesh(target.devices))
     batch = Pairs(*(jax.ShapeDtypeStruct((cfg.batch, *x.shape[1:]), x.dtype) for x in empty))
     return trainer.lower(trainer.abstract(abstract_dit(wan, attention)), batch)
 
@@ -186,15 +159,21 @@ def planned_attention(config, wan: WanConfig) -> tuple[AttentionSpec, ...]:
 def distill_flops(config, wan: WanConfig, shape: tuple[int, ...]) -> int:
     """FLOPs of stage 1's step: both guidance branches through the teacher; forward and backward of all maps.
 
-    A rate's softmax part counts too. Backward of a map is twice its forward.
+    Backward of a map counts as twice its forward, and so do products with the state. Softmax parts are the teacher's
+    own (`ops.nested`), except those of rates that don't nest; "stacked" takes q, k, v and attention anew.
     """
-    size = cost_shape(wan, shape)
-    total = cost.model_flops(size, (AttentionSpec(),) * wan.num_layers)
-    for spec in specs_from_config(config.distill).values():
-        keys = math.ceil(size.tokens / spec.rate) if spec.kind == "hybrid" else 0
-        softmax = 4 * size.tokens * keys * size.dim
-        total += wan.num_layers * (softmax + 3 * (cost.attention_flops(size, spec) - softmax))
-    return 2 * config.distill.batch * total
+    cfg, size, specs = config.distill, cost_shape(wan, shape), specs_from_config(config.distill)
+    n, d = size.tokens, size.dim
+    keys = {label: math.ceil(n / spec.rate) if spec.kind == "hybrid" else 0 for label, spec in specs.items()}
+    rates = [spec.rate for spec in specs.values() if spec.kind == "hybrid"]
+    _, alone = nested_chain(wan.grid(shape), rates, cfg.pattern)
+    block = sum(3 * (cost.attention_flops(size, spec) - 4 * n * keys[label] * d) for label, spec in specs.items())
+    block += sum(4 * n * keys[label] * d for label, spec in specs.items() if spec.rate in alone)
+    if cfg.activations == "stacked":
+        block += 6 * n * d**2 + 4 * n * n * d
+    trained = cfg.batch * (2 if cfg.branches == "both" else 1)
+    teacher = cost.model_flops(size, (AttentionSpec(),) * wan.num_layers)
+    return 2 * cfg.batch * teacher + trained * wan.num_layers * block
 
 
 def finetune_flops(config, wan: WanConfig, shape: tuple[int, ...]) -> int:
@@ -242,6 +221,8 @@ def advice(config, report: dict) -> str:
     devices = math.ceil(report["devices"] * needed / memory)
     batch = config[config.job].batch
     smaller = [f"a smaller batch (--config.{config.job}.batch, now {batch})"] if batch > 1 else []
+    if config.job == "distill" and config.distill.activations == "stacked":
+        smaller.append("no kept activations (--config.distill.activations=inside)")
     if config.job == "distill" and len(config.distill.rates) > 1:
         smaller.append(f"fewer rates at once (--config.distill.rates, now {','.join(config.distill.rates)})")
     smaller.append("a shorter or smaller video (--config.model.frames, .height, .width)")

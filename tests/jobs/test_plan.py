@@ -77,10 +77,17 @@ def test_flops_of_the_steps(root):
     size = plan.cost_shape(wan, shape)
     n, d = size.tokens, size.dim
     teacher = cost.model_flops(size, [from_label("softmax")] * 2)
-    core = 4 * n * (n // 2) * d  # S of R2, forward alone: no gradient goes through q, k, v
     linear = {label: cost.attention_flops(size, from_label(label)) for label in ("R2", "linear")}
-    blocks = 2 * (core + 3 * (linear["R2"] - core) + 3 * linear["linear"])
-    assert plan.distill_flops(config, wan, shape) == 2 * 3 * (teacher + blocks)
+    maps = 3 * (linear["R2"] - 4 * n * (n // 2) * d + linear["linear"])  # no gradient through q, k, v; S for nothing
+    assert plan.distill_flops(config, wan, shape) == 2 * 3 * (teacher + 2 * maps)
+    override(config, "distill.branches", "cond")
+    assert plan.distill_flops(config, wan, shape) == 2 * 3 * teacher + 3 * 2 * maps
+    override(config, "distill.activations", "stacked")
+    anew = 6 * n * d**2 + 4 * n**2 * d
+    assert plan.distill_flops(config, wan, shape) == 2 * 3 * teacher + 3 * 2 * (maps + anew)
+    config = tiny_config("plan", root, distill__rates="R2,R3")  # 12 tokens: S(3) is not in S(2)
+    maps = sum(3 * (cost.attention_flops(size, from_label(f"R{r}")) - 4 * n * (n // r) * d) for r in (2, 3))
+    assert plan.distill_flops(config, wan, shape) == 2 * (teacher + 2 * (maps + 4 * n * (n // 3) * d))
     hybrid = cost.model_flops(size, [from_label("R2"), from_label("softmax")])
     assert plan.finetune_flops(config, wan, shape) == 3 * 4 * hybrid
 
