@@ -13,6 +13,12 @@ from hybrid_dit.errors import UserError
 
 # What the compiler lets a program use on one device, GiB (libtpu 0.0.42; `tests/test_targets.py` asks it).
 HBM = {"v4": 15.25, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
+_LIBTPU = {  # libtpu where there is no TPU
+    "TPU_SKIP_MDS_QUERY": "1",  # or it asks the metadata server of a TPU VM
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process is refused, as if there were a TPU to share
+    "TPU_WORKER_HOSTNAMES": "localhost",  # these two, of any TPU, or it complains at length
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+}
 EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:16x16, v4:2x2x1, tpu7x:2x2x1, v5e:1x1 (one chip), or cpu:8 (fake devices)"
 
 
@@ -57,7 +63,8 @@ def parse(name: str, slices: int = 1) -> Target:
         raise UserError(
             f"target={name} needs the TPU compiler, which runs without a TPU: pip install 'hybrid_dit[tpu]'"
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the metadata server of a TPU VM
+    for variable, value in _LIBTPU.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     sizes = [int(n) for n in topology.split("x")]
