@@ -31,7 +31,7 @@ from hybrid_dit.ops.nested import nested_sums
 from hybrid_dit.ops.softmax import softmax_attention
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.sampling import Sampler, make_sampler
-from hybrid_dit.sharding import AXIS, BLOCK, DIT_RULES, SEQ, over_all_axes, param_shardings, replicated, ways
+from hybrid_dit.sharding import AXIS, BLOCK, DIT_RULES, SEQ, over_all_axes, padded, param_shardings, replicated, ways
 from hybrid_dit.surgery_io import specs_from_config
 
 State = dict[str, Any]  # {"maps": {label: feature maps [B, ...]}, "opt": AdamW's state [B, ...]}
@@ -92,8 +92,7 @@ class Distiller:
     @property
     def padded_blocks(self) -> int:
         """Number of blocks in the state on the devices: a multiple of the block axis if blocks are split over it."""
-        size = self.mesh.shape[BLOCK] if self.activations == "stacked" else 1
-        return -(-self.wan.num_layers // size) * size
+        return padded(self.wan.num_layers, self.mesh.shape[BLOCK] if self.activations == "stacked" else 1)
 
     def pad(self, tree: PyTree) -> PyTree:
         """Appends blocks of zeros, which never train, to the leading axis of every leaf."""
@@ -131,7 +130,7 @@ class Distiller:
         rows, tokens = self._rows(batch), math.prod(self.wan.grid(latent_shape))
         rows = rows.stop - rows.start
         videos = rows // ways(self.mesh, self._data(rows))
-        tokens = -(-tokens // self.mesh.shape[SEQ])
+        tokens = padded(tokens, self.mesh.shape[SEQ]) // self.mesh.shape[SEQ]
         blocks = self.padded_blocks // self.mesh.shape[BLOCK]
         return blocks * videos * tokens * self.wan.dim * jnp.dtype(self.dtype).itemsize
 

@@ -68,6 +68,11 @@ def ways(mesh: Mesh, name: str | Sequence[str] | None) -> int:
     return math.prod(mesh.shape[n] for n in names)
 
 
+def padded(count: int, parts: int) -> int:
+    """Returns the smallest multiple of `parts` that is at least `count`."""
+    return -(-count // parts) * parts
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())

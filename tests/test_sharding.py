@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 from hybrid_dit import sharding
 from hybrid_dit.convert import tables
 from hybrid_dit.convert.pipeline import abstract_dit
+from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig
 from hybrid_dit.ops.feature_maps import FEATURE_MAPS
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
@@ -44,6 +45,28 @@ def test_an_axis_that_does_not_divide_stays_whole():
     params = {"even": jnp.zeros((16, 3)), "odd": jnp.zeros((12, 3)), "empty": {}}
     places = sharding.param_shardings(mesh, params, [(".*", P("data"))])
     assert places["even"].spec == P("data") and places["odd"].spec == P() and places["empty"] == {}
+
+
+@pytest.mark.parametrize("devices, blocks", [(1, 30), (4, 32), (8, 32), (16, 32), (32, 32), (7, 35)])
+def test_thirty_blocks_are_padded_to_what_divides(devices, blocks):
+    assert sharding.padded(30, devices) == blocks
+
+
+def test_a_mesh_of_blocks_videos_and_tokens():
+    assert dict(sharding.distill_mesh(2, 2).shape) == {"block": 2, "data": 2, "seq": 2}
+    assert dict(sharding.distill_mesh().shape) == {"block": 8, "data": 1, "seq": 1}
+    for ways in ((3, 1), (0, 1), (4, 4)):
+        with pytest.raises(UserError, match="8 devices .*mesh.data and mesh.seq"):
+            sharding.distill_mesh(*ways)
+
+
+def test_rules_over_all_axes_split_a_matrix_over_every_device():
+    mesh = sharding.distill_mesh(2, 2)
+    rules = sharding.over_all_axes(mesh, sharding.DIT_RULES)
+    flat = tables.flatten(abstract_dit(WAN))
+    places = tables.flatten(sharding.param_shardings(mesh, abstract_dit(WAN), rules))
+    per_device = sum(np.prod(places[path].shard_shape(x.shape)) for path, x in flat.items())
+    assert per_device <= 1.01 * sum(x.size for x in flat.values()) / 8  # as for one axis
 
 
 def test_batches_split_where_they_divide():

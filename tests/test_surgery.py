@@ -11,6 +11,7 @@ from hybrid_dit.convert.pipeline import abstract_dit
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig
 from hybrid_dit.ops import feature_maps
+from hybrid_dit.ops.hybrid import softmax_part
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec, from_label
 
 GRID, B, H, D = (2, 3, 4), 2, 3, 6
@@ -99,15 +100,20 @@ def test_block_losses_sum_over_kinds_and_report_errors_of_eq_5(loss):
     softmax = oracle.attention(oracle.Point(*oracle.float64((q, k, v)), {}), AttentionSpec(), GRID)
     teacher = jnp.asarray(softmax, jnp.float32)
     key = jax.random.key(0)
-    total, errors = surgery.block_losses(phi, (q, k, v), teacher, specs, GRID, loss, key)
+    sums = {label: softmax_part(q, k, v, spec, GRID) for label, spec in specs.items()}
+    total, metrics = surgery.block_losses(phi, (q, k, v), teacher, sums, specs, GRID, loss, key)
+    videos = surgery.video_errors(phi, (q, k, v), teacher, sums, specs, GRID)
     expected = {}
     for label, spec in specs.items():
         student = oracle.attention(oracle.Point(*oracle.float64((q, k, v, phi[label]))), spec, GRID)
         distance = np.abs(student - np.asarray(teacher, np.float64))
-        np.testing.assert_allclose(errors[label], distance.sum() / np.abs(teacher).sum(), rtol=1e-5)
+        np.testing.assert_allclose(metrics["error"][label], distance.sum() / np.abs(teacher).sum(), rtol=1e-5)
+        each = distance.sum(axis=(1, 2, 3)) / np.abs(teacher).sum(axis=(1, 2, 3))
+        np.testing.assert_allclose(videos[label], each, rtol=1e-5)
         expected[label] = distance.mean()
         if loss == "attention":
             expected[label] = np.log1p(attention_error(q, k, phi[label], spec).sum() / B)
+        np.testing.assert_allclose(metrics["loss"][label], expected[label], rtol=1e-5)
     # Attention rounds at a few 1e-7 of its values, of which errors are a tenth and more.
     np.testing.assert_allclose(total, sum(expected.values()), rtol=1e-5)
 
@@ -118,8 +124,10 @@ def test_gradient_steps_on_the_losses_lower_them(loss):
     specs = {"R4": SPECS[1]}
     teacher = jax.nn.dot_product_attention(q, k, v)
 
+    sums = {"R4": softmax_part(q, k, v, SPECS[1], GRID)}
+
     def objective(phi):
-        return surgery.block_losses(phi, (q, k, v), teacher, specs, GRID, loss, jax.random.key(0))[0]
+        return surgery.block_losses(phi, (q, k, v), teacher, sums, specs, GRID, loss, jax.random.key(0))[0]
 
     phi = {"R4": phi_for(SPECS[1])}
     step = jax.jit(lambda phi: jax.tree.map(lambda p, g: p - 1e-2 * g, phi, jax.grad(objective)(phi)))
