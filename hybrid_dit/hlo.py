@@ -7,7 +7,7 @@ compares a counter with (`lax.scan`, `lax.map` and `fori_loop` count 0, 1, ... i
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from hybrid_dit.errors import UserError
 
@@ -158,7 +158,18 @@ class Traffic:
 
 def collectives(program: Program) -> tuple[dict[str, Traffic], int]:
     """Returns ({kind: traffic} of the kinds that occur, number of collectives in loops of unknown length)."""
-    found: dict[str, Traffic] = {}
+    return _sum(program, lambda kind, instruction: kind)
+
+
+def collectives_by_origin(program: Program) -> dict[tuple[str, str], Traffic]:
+    """Returns {(kind, the JAX operation that it comes from): traffic}, the most bytes first."""
+    name = re.compile(r'op_name="([^"]*)"')
+    return _sum(program, lambda kind, i: (kind, match[1] if (match := name.search(i.text)) else ""))[0]
+
+
+def _sum(program: Program, key: Callable) -> tuple[dict, int]:
+    """Traffic by key(kind, instruction), the most bytes first, and how many are in loops of unknown length."""
+    found: dict = {}
     unknown = 0
     for instruction, inside, times, known in program.executed():
         kind = instruction.opcode.removesuffix("-start")
@@ -170,8 +181,9 @@ def collectives(program: Program) -> tuple[dict[str, Traffic], int]:
             result -= given  # its type lists the operands too
         elif kind == "collective-permute":
             result = given  # as do these, with a few scalars beside
-        before = found.get(kind, Traffic(0, 0))
-        found[kind] = Traffic(before.count + times, before.bytes + times * max(given, result))
+        name = key(kind, instruction)
+        before = found.get(name, Traffic(0, 0))
+        found[name] = Traffic(before.count + times, before.bytes + times * max(given, result))
         unknown += not known
     return dict(sorted(found.items(), key=lambda item: -item[1].bytes)), unknown
 

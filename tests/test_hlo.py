@@ -48,6 +48,19 @@ def test_every_collective_once_and_in_a_loop(kind, body, size):
     assert hlo.collectives(looped) == ({kind: hlo.Traffic(STEPS, STEPS * size)}, 0)
 
 
+def test_origins_are_names_of_jax_operations():
+    def body(x):
+        with jax.named_scope("big"):
+            big = jax.lax.psum(x, "x")
+        with jax.named_scope("small"):
+            return big + jax.lax.ppermute(big[:1], "x", [(i, i) for i in range(DEVICES)])
+
+    program = compiled(mapped(body), ((8, 8), PartitionSpec("x")))
+    (first, second), traffic = zip(*hlo.collectives_by_origin(program).items())
+    assert (first[0], second[0]) == ("all-reduce", "collective-permute")
+    assert "big" in first[1] and "small" in second[1] and traffic == (hlo.Traffic(1, 64), hlo.Traffic(1, 32))
+
+
 def test_loops_in_loops_multiply():
     def inner(c, _):
         return jnp.tanh(c + jax.lax.psum(c, "x")), None

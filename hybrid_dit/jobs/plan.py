@@ -33,6 +33,7 @@ from hybrid_dit.surgery_io import specs_from_config
 from hybrid_dit.targets import Target
 
 TEXT_TOKENS = 512  # the longest prompt
+LARGEST = 10  # collectives that the JSON file lists with the operation they come from
 GIB = 2**30
 
 
@@ -111,6 +112,10 @@ def plan(config, wan: WanConfig, shape: tuple[int, ...], target: Target) -> dict
         "needed_bytes": needed,
         "fits": target.memory is None or needed <= target.memory,
         "collectives": {kind: dataclasses.asdict(t) for kind, t in traffic.items()},
+        "largest_collectives": [
+            {"kind": kind, "from": origin, **dataclasses.asdict(t)}
+            for (kind, origin), t in list(hlo.collectives_by_origin(program).items())[:LARGEST]
+        ],
         "collectives_in_loops_of_unknown_length": unknown,
         "compiler_cycles": hlo.estimated_cycles(program),
     }
