@@ -39,6 +39,9 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.distill.feature_map = "poly"  # poly, elu, hedgehog
     c.distill.degree = 2  # P
     c.distill.layers = 2
+    c.distill.hidden = 0  # width of a head's hidden layers; 0: P times the head's width, as in the paper
+    c.distill.activation = "softplus"  # of the features: softplus, relu, exp, elu, square
+    c.distill.shared = False  # one feature map for queries and keys
     c.distill.pattern = "stride"  # which tokens are softmax tokens: stride or lattice
     c.distill.stabiliser = "max"  # c_i: max or lse
     c.distill.prompts = 6 if tiny else 400  # trajectories; each is 50 training steps

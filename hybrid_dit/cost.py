@@ -172,4 +172,5 @@ def _phi_sizes(shape: Shape, attention: AttentionSpec) -> tuple[int, int]:
     if phi.kind == "hedgehog":  # D -> D; softmax over [x, -x] doubles the features without parameters
         return shape.heads * d * d, shape.heads * d
     f = features(d, attention)
-    return shape.heads * (d * f + (phi.layers - 1) * f * f), shape.heads * phi.layers * f
+    widths = [d, *(phi.hidden or f,) * (phi.layers - 1), f]
+    return shape.heads * sum(a * b for a, b in zip(widths, widths[1:])), shape.heads * sum(widths[1:])

@@ -228,12 +228,15 @@ class Distiller:
     def _train_block(self, state, kept, *, grid, key):
         """One block: loss of every rate, gradient, AdamW. `kept` is what `_nested` returns beside the output."""
         *qkv, teacher, sums = kept
+        metrics, grads = {"loss": {}, "error": {}}, {}
+        for label, spec in self.specs.items():  # one after another: activations of one rate at a time
 
-        def loss(maps):
-            maps = jax.tree.map(self._whole, maps)
-            return surgery.block_losses(maps, tuple(qkv), teacher, sums, self.specs, grid, self.loss, key)
+            def loss(phi, label=label, spec=spec):
+                phi = jax.tree.map(self._whole, phi)
+                return surgery.rate_loss(phi, tuple(qkv), teacher, sums[label], spec, grid, self.loss, key)
 
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["maps"])
+            of_rate = jax.value_and_grad(loss, has_aux=True)(state["maps"][label])
+            (metrics["loss"][label], metrics["error"][label]), grads[label] = of_rate
         updates, opt = self._tx.update(grads, state["opt"], state["maps"])
         return {"maps": optax.apply_updates(state["maps"], updates), "opt": opt}, metrics
 

@@ -59,43 +59,36 @@ def attention_loss(
     keep = linear_mask(grid, spec.rate, spec.pattern) if spec.kind == "hybrid" else np.ones(n, np.float32)
     softmax_keys = jnp.where(keep == 0, scores, -jnp.inf) if spec.kind == "hybrid" else scores
     target = jnp.exp(scores - softmax_keys.max(axis=-1, keepdims=True))
-    phi_q = feature_maps.apply(phi["q"], q_rows, spec.feature_map)
-    phi_k = feature_maps.apply(phi["k"], k, spec.feature_map).astype(jnp.float32)
-    error = (target - jnp.einsum("bnhf,bmhf->bhnm", phi_q, phi_k)) * keep
+    phi_q, phi_k = feature_maps.apply_pair(phi, q_rows, k, spec.feature_map)
+    error = (target - jnp.einsum("bnhf,bmhf->bhnm", phi_q, phi_k.astype(jnp.float32))) * keep
     return jnp.log1p(jnp.square(error).sum() * (n / len(rows)) / q.shape[0])
 
 
-def block_losses(
-    phi: Mapping[str, PyTree],
+def rate_loss(
+    phi: PyTree,
     qkv: tuple[Array, Array, Array],
     teacher: Float[Array, "b n h d"],
-    sums: Mapping[str, tuple[Array, Array]],
-    specs: Mapping[str, AttentionSpec],
+    sums: tuple[Array, Array],
+    spec: AttentionSpec,
     grid: Grid,
     loss: str,
     key: Array,
-) -> tuple[Float[Array, ""], dict[str, dict[str, Float[Array, ""]]]]:
-    """Losses of one block summed over specs, and {"loss": {label: ...}, "error": {label: relative L1}}.
-
-    Differentiable in `phi`.
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Loss of one block at one rate, differentiable in `phi`, and its relative L1 error.
 
     Args:
-        phi: label -> this block's feature maps.
+        phi: this block's feature maps for this rate.
         qkv: this block's q, k, v after norm and RoPE, from the teacher.
         teacher: the teacher's attention output, softmax(q kᵀ) v.
-        sums: label -> softmax part of Eq. 5, from `ops.nested.nested_sums`.
-        specs: label -> what to distil to.
+        sums: softmax part of Eq. 5, from `ops.nested.nested_sums`.
+        spec: what to distil to.
         grid: of the tokens.
         loss: "value" or "attention".
         key: for sampled rows of the attention loss.
     """
-    losses, errors = {}, {}
-    for label, spec in specs.items():
-        student = combine(sums[label], linear_part(*qkv, phi[label], spec, grid))
-        losses[label], errors[label] = value_loss(teacher, student)
-        if loss == "attention":
-            losses[label] = attention_loss(*qkv[:2], phi[label], spec, grid, key)
-    return sum(losses.values()), {"loss": losses, "error": errors}
+    student = combine(sums, linear_part(*qkv, phi, spec, grid))
+    value, error = value_loss(teacher, student)
+    return value if loss == "value" else attention_loss(*qkv[:2], phi, spec, grid, key), error
 
 
 def video_errors(
@@ -106,7 +99,10 @@ def video_errors(
     specs: Mapping[str, AttentionSpec],
     grid: Grid,
 ) -> dict[str, Float[Array, "b"]]:
-    """Relative L1 error ‖y − ŷ‖₁ / ‖y‖₁ of one block for every spec, video by video; arguments as `block_losses`."""
+    """Relative L1 error ‖y − ŷ‖₁ / ‖y‖₁ of one block for every spec, video by video.
+
+    Arguments as for `rate_loss`, with a label for every rate.
+    """
     teacher = teacher.astype(jnp.float32)
     size = jnp.abs(teacher).sum(axis=(1, 2, 3))
     students = {s: combine(sums[s], linear_part(*qkv, phi[s], spec, grid)) for s, spec in specs.items()}

@@ -31,7 +31,9 @@ def specs_from_config(distill) -> dict[str, AttentionSpec]:
     """
     if len(set(distill.rates)) < len(distill.rates):
         raise UserError(f"distill.rates names a rate twice: {', '.join(distill.rates)}")
-    feature_map = FeatureMapSpec(distill.feature_map, distill.degree, distill.layers)
+    feature_map = FeatureMapSpec(
+        distill.feature_map, distill.degree, distill.layers, distill.hidden, distill.activation, distill.shared
+    )
     fields = {"pattern": distill.pattern, "feature_map": feature_map, "stabiliser": distill.stabiliser}
     return {label: from_label(label, **fields) for label in distill.rates}
 

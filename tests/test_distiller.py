@@ -96,14 +96,13 @@ def test_a_step_equals_training_every_block_and_rate_alone(loss):
         for label, spec in d.specs.items():
             maps = jax.tree.map(lambda a, b=block: a[b], state["maps"][label])
 
-            def alone(phi, label=label, spec=spec, q=q, k=k, v=v, y=y):
-                sums = {label: softmax_part(q, k, v, spec, grid)}
-                step_key = jax.random.fold_in(key, i)
-                return surgery.block_losses({label: phi}, (q, k, v), y, sums, {label: spec}, grid, loss, step_key)
+            def alone(phi, spec=spec, q=q, k=k, v=v, y=y):
+                sums = softmax_part(q, k, v, spec, grid)
+                return surgery.rate_loss(phi, (q, k, v), y, sums, spec, grid, loss, jax.random.fold_in(key, i))
 
-            (value, one), grads = jax.value_and_grad(alone, has_aux=True)(maps)
+            (value, error), grads = jax.value_and_grad(alone, has_aux=True)(maps)
             updates, _ = tx.update(grads, tx.init(maps), maps)
-            np.testing.assert_allclose(metrics["error"][label][block], one["error"][label], rtol=1e-4)
+            np.testing.assert_allclose(metrics["error"][label][block], error, rtol=1e-4)
             np.testing.assert_allclose(metrics["loss"][label][block], value, rtol=1e-4)
             # Adam's first update is the sign of the gradient times the rate: compare where the sign is not rounding.
             trained = jax.tree.map(lambda a, b=block: a[b], new["maps"][label])
@@ -169,20 +168,21 @@ def test_measure_gives_each_videos_error():
     maps = d.init(jax.random.key(0))["maps"]
     halved = jax.tree.map(lambda a: a / 2, maps)
     x_next, errors = jax.jit(d.measure)({"fresh": maps, "halved": halved}, dit, x, i, context, key)
-    _, expected, metrics = jax.jit(d.step)(d.init(jax.random.key(0)), dit, x, i, context, key)
+    _, expected, _ = jax.jit(d.step)(d.init(jax.random.key(0)), dit, x, i, context, key)
     np.testing.assert_allclose(x_next, expected, rtol=1e-5, atol=1e-5)
     model = wan.WanDiT(WAN)
     t = jnp.asarray(d.sampler.schedule.timesteps)[i][None]
     for video, c in enumerate(context):
         _, variables = model.apply({"params": dit}, x, t, *c, mutable=["intermediates"])
         q, k, v, y = (a[3] for a in wan.captured_attention(variables))
-        _, sums = nested_sums(q, k, v, {s: spec for s, spec in d.specs.items()}, WAN.grid(x.shape))
+        _, sums = nested_sums(q, k, v, d.specs, WAN.grid(x.shape))
         for name, tree in (("fresh", maps), ("halved", halved)):
-            phi = jax.tree.map(lambda a: a[3], tree)
-            _, one = surgery.block_losses(phi, (q, k, v), y, sums, d.specs, WAN.grid(x.shape), "value", key)
-            for label in d.specs:
+            for label, spec in d.specs.items():
+                phi = jax.tree.map(lambda a: a[3], tree[label])
+                grid = WAN.grid(x.shape)
+                _, error = surgery.rate_loss(phi, (q, k, v), y, sums[label], spec, grid, "value", key)
                 assert errors[name][label].shape == (6, 2)
-                np.testing.assert_allclose(errors[name][label][3, video], one["error"][label], rtol=1e-4)
+                np.testing.assert_allclose(errors[name][label][3, video], error, rtol=1e-4)
 
 
 @pytest.mark.parametrize("activations", distiller.ACTIVATIONS)

@@ -93,43 +93,35 @@ def test_attention_loss_survives_logits_that_overflow_exp():
 
 
 @pytest.mark.parametrize("loss", surgery.LOSSES)
-def test_block_losses_sum_over_kinds_and_report_errors_of_eq_5(loss):
+@pytest.mark.parametrize("spec", SPECS[::2], ids=lambda s: s.label)
+def test_rate_loss_is_that_of_eq_5_beside_its_relative_error(spec, loss):
     q, k, v = qkv(5)
-    specs = {"R2": SPECS[0], "linear": SPECS[2]}
-    phi = {label: phi_for(spec, i) for i, (label, spec) in enumerate(specs.items())}
+    phi = phi_for(spec)
     softmax = oracle.attention(oracle.Point(*oracle.float64((q, k, v)), {}), AttentionSpec(), GRID)
     teacher = jnp.asarray(softmax, jnp.float32)
-    key = jax.random.key(0)
-    sums = {label: softmax_part(q, k, v, spec, GRID) for label, spec in specs.items()}
-    total, metrics = surgery.block_losses(phi, (q, k, v), teacher, sums, specs, GRID, loss, key)
-    videos = surgery.video_errors(phi, (q, k, v), teacher, sums, specs, GRID)
-    expected = {}
-    for label, spec in specs.items():
-        student = oracle.attention(oracle.Point(*oracle.float64((q, k, v, phi[label]))), spec, GRID)
-        distance = np.abs(student - np.asarray(teacher, np.float64))
-        np.testing.assert_allclose(metrics["error"][label], distance.sum() / np.abs(teacher).sum(), rtol=1e-5)
-        each = distance.sum(axis=(1, 2, 3)) / np.abs(teacher).sum(axis=(1, 2, 3))
-        np.testing.assert_allclose(videos[label], each, rtol=1e-5)
-        expected[label] = distance.mean()
-        if loss == "attention":
-            expected[label] = np.log1p(attention_error(q, k, phi[label], spec).sum() / B)
-        np.testing.assert_allclose(metrics["loss"][label], expected[label], rtol=1e-5)
+    sums = softmax_part(q, k, v, spec, GRID)
+    value, error = surgery.rate_loss(phi, (q, k, v), teacher, sums, spec, GRID, loss, jax.random.key(0))
+    videos = surgery.video_errors({"x": phi}, (q, k, v), teacher, {"x": sums}, {"x": spec}, GRID)
+    student = oracle.attention(oracle.Point(*oracle.float64((q, k, v, phi))), spec, GRID)
+    distance = np.abs(student - np.asarray(teacher, np.float64))
+    expected = distance.mean() if loss == "value" else np.log1p(attention_error(q, k, phi, spec).sum() / B)
     # Attention rounds at a few 1e-7 of its values, of which errors are a tenth and more.
-    np.testing.assert_allclose(total, sum(expected.values()), rtol=1e-5)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(error, distance.sum() / np.abs(teacher).sum(), rtol=1e-5)
+    each = distance.sum(axis=(1, 2, 3)) / np.abs(teacher).sum(axis=(1, 2, 3))
+    np.testing.assert_allclose(videos["x"], each, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", surgery.LOSSES)
 def test_gradient_steps_on_the_losses_lower_them(loss):
     q, k, v = qkv(6)
-    specs = {"R4": SPECS[1]}
     teacher = jax.nn.dot_product_attention(q, k, v)
-
-    sums = {"R4": softmax_part(q, k, v, SPECS[1], GRID)}
+    sums = softmax_part(q, k, v, SPECS[1], GRID)
 
     def objective(phi):
-        return surgery.block_losses(phi, (q, k, v), teacher, sums, specs, GRID, loss, jax.random.key(0))[0]
+        return surgery.rate_loss(phi, (q, k, v), teacher, sums, SPECS[1], GRID, loss, jax.random.key(0))[0]
 
-    phi = {"R4": phi_for(SPECS[1])}
+    phi = phi_for(SPECS[1])
     step = jax.jit(lambda phi: jax.tree.map(lambda p, g: p - 1e-2 * g, phi, jax.grad(objective)(phi)))
     before = objective(phi)
     for _ in range(20):

@@ -24,8 +24,15 @@ VERSION = 1
 def write_description(folder: Path, attention: tuple[AttentionSpec, ...]) -> None:
     """Writes `hybrid_config.json` into `folder` if any block is converted."""
     if any(spec.converted for spec in attention):
-        blocks = [dataclasses.asdict(spec) for spec in attention]
+        blocks = [{**dataclasses.asdict(spec), "feature_map": _described(spec.feature_map)} for spec in attention]
         write_json(folder / FILE, {"format": "hybrid_dit", "version": VERSION, "blocks": blocks})
+
+
+def _described(spec: FeatureMapSpec) -> dict:
+    """A feature map's fields, without later ones that have their default: readers that don't know them don't mind."""
+    default = dataclasses.asdict(FeatureMapSpec())
+    fields = dataclasses.asdict(spec)
+    return {name: x for name, x in fields.items() if name in ("kind", "degree", "layers") or x != default[name]}
 
 
 def read_description(folder: Path, num_layers: int) -> tuple[AttentionSpec, ...]:

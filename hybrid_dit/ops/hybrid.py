@@ -73,17 +73,23 @@ def linear_part(
     The state Σ φ_k(k_j)ᵀ v_j is F×D per head; nothing here grows with N². Everything runs with the head axis first, as
     products per head want it: three transposes in, one out.
     """
-    head_first, head_last = feature_maps.head_first, feature_maps.head_last
-    phi_q = head_first(feature_maps.apply(phi["q"], q, spec.feature_map))
-    phi_k = head_first(feature_maps.apply(phi["k"], k, spec.feature_map))
+    head_first, head_last, product = feature_maps.head_first, feature_maps.head_last, feature_maps.product
+    phi_q, phi_k = (head_first(x) for x in feature_maps.apply_pair(phi, q, k, spec.feature_map))
     keep = linear_mask(grid, spec.rate, spec.pattern) if spec.kind == "hybrid" else jnp.ones(q.shape[1])
     keep = jnp.asarray(keep, v.dtype)
-    state = jnp.einsum("hbnf,hbnd->hbfd", phi_k, head_first(v) * keep[:, None], preferred_element_type=jnp.float32)
+    state = product("hbnf,hbnd->hbfd", phi_k, head_first(v) * keep[:, None])
     normaliser = jnp.einsum("hbnf,n->hbf", phi_k, keep, preferred_element_type=jnp.float32)
-    phi_q = phi_q.astype(jnp.float32)
-    numerator = jnp.einsum("hbnf,hbfd->hbnd", phi_q, state)
-    denominator = jnp.einsum("hbnf,hbf->hbn", phi_q, normaliser)
+    numerator = sum(product("hbnf,hbfd->hbnd", phi_q, part) for part in _parts(state, phi_q.dtype))
+    denominator = jnp.einsum("hbnf,hbf->hbn", phi_q.astype(jnp.float32), normaliser)
     return head_last(numerator), head_last(denominator)
+
+
+def _parts(state: Array, dtype) -> list[Array]:
+    """A float32 array as a sum of arrays of `dtype`: two of 16 bits, so that 16-bit products lose nothing of it."""
+    if dtype == jnp.float32:
+        return [state]
+    high = state.astype(dtype)
+    return [high, (state - high.astype(jnp.float32)).astype(dtype)]
 
 
 def combine(softmax_sums_: tuple[Array, Array], linear_sums: tuple[Array, Array]) -> Float[Array, "b n h d"]:

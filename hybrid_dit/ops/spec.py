@@ -7,6 +7,7 @@ from hybrid_dit.errors import UserError
 KINDS = ("softmax", "linear", "hybrid")
 PATTERNS = ("stride", "lattice")
 STABILISERS = ("max", "lse")
+ACTIVATIONS = ("softplus", "relu", "exp", "elu", "square")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +18,26 @@ class FeatureMapSpec:
         kind: a key of `hybrid_dit.ops.feature_maps.FEATURE_MAPS`.
         degree: P, the highest power (`poly` only).
         layers: number of layers of the per-head MLP (`poly` only).
+        hidden: width of a head's hidden layers (`poly` only); 0 is the paper's, P·D.
+        activation: of the last layer, what makes features non-negative (`poly` only): softplus, relu, exp, elu
+            (elu(x) + 1) or square.
+        shared: whether keys go through the map of the queries, φ_k = φ_q.
     """
 
     kind: str = "poly"
     degree: int = 2
     layers: int = 2
+    hidden: int = 0
+    activation: str = "softplus"
+    shared: bool = False
 
     def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise UserError(
+                f"feature map activation {self.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}"
+            )
+        if self.hidden < 0:
+            raise UserError(f"feature map needs a hidden width of at least 1, or 0 for P·D; got {self.hidden}")
         if self.degree < 1 or self.layers < 1:
             raise UserError(f"feature map needs degree >= 1 and layers >= 1, got {self.degree} and {self.layers}")
 

@@ -59,7 +59,13 @@ def poly(params, x, spec):
         if i > 0:  # the tanh form of gelu
             x = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
         x = _per_head(x, params[f"w{i}"], params[f"b{i}"])
-    psi = np.logaddexp(x, 0)
+    psi = {
+        "softplus": lambda y: np.logaddexp(y, 0),
+        "relu": lambda y: np.maximum(y, 0),
+        "exp": lambda y: np.exp(np.minimum(y, 12)),
+        "elu": lambda y: np.where(y > 0, y + 1, np.exp(np.minimum(y, 0))),
+        "square": np.square,
+    }[spec.activation](x)
     d = x.shape[-1] // spec.degree
     return np.concatenate([psi[..., p * d : (p + 1) * d] ** (p + 1) for p in range(spec.degree)], axis=-1)
 
@@ -129,7 +135,12 @@ def _output(w, v):
 def _maps(point, spec):
     if not spec.converted:
         return None, None
-    return tuple(features(point.phi[x], getattr(point, x), spec.feature_map) for x in "qk")
+    return tuple(features(point.phi[_side(x, spec)], getattr(point, x), spec.feature_map) for x in "qk")
+
+
+def _side(x, spec):
+    """Whose feature map x (q or k) goes through."""
+    return "q" if spec.feature_map.shared else x
 
 
 def attention(point, spec, grid):
@@ -145,8 +156,8 @@ def attention_tangent(point, direction, spec, grid):
     dots = (0.0, 0.0)
     if spec.converted:
         dots = tuple(
-            features_tangent(point.phi[x], getattr(point, x), direction.phi[x], getattr(direction, x), spec.feature_map)
-            for x in "qk"
+            features_tangent(point.phi[s], getattr(point, x), direction.phi[s], getattr(direction, x), spec.feature_map)
+            for x, s in (("q", "q"), ("k", _side("k", spec)))
         )
 
     def at(t):

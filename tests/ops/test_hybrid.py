@@ -16,7 +16,7 @@ from oracle import Point
 
 from hybrid_dit.ops import feature_maps, softmax
 from hybrid_dit.ops.hybrid import attention, combine, linear_part, softmax_part
-from hybrid_dit.ops.spec import PATTERNS, STABILISERS, AttentionSpec, FeatureMapSpec
+from hybrid_dit.ops.spec import ACTIVATIONS, PATTERNS, STABILISERS, AttentionSpec, FeatureMapSpec
 
 U32, U16 = 2.0**-24, 2.0**-8  # unit roundoff of float32 and bfloat16
 D = 6
@@ -45,9 +45,18 @@ def cases():
             yield list(specs(name, shape[1]))[1 + (i + j) % 4], shape
 
 
+    for activation in ACTIVATIONS[1:]:  # softplus is above
+        yield AttentionSpec("hybrid", EVEN[1], feature_map=FeatureMapSpec(activation=activation)), EVEN
+    knobs = {"hidden": 5, "shared": True}
+    yield AttentionSpec("hybrid", ODD[1], "lattice", FeatureMapSpec(degree=2, layers=3, **knobs)), ODD
+    yield AttentionSpec("linear", feature_map=FeatureMapSpec("hedgehog", shared=True)), EVEN
+
+
 def name_of(value):
     if isinstance(value, AttentionSpec):
-        return "-".join([value.label, value.pattern, value.stabiliser, value.feature_map.kind])
+        fm = value.feature_map
+        knobs = [str(x) for x in (fm.hidden, fm.activation, fm.shared) if x not in (0, "softplus")]
+        return "-".join([value.label, value.pattern, value.stabiliser, fm.kind, *knobs])
     return "x".join(map(str, value[0]))
 
 
