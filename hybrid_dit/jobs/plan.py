@@ -231,9 +231,12 @@ def advice(config, report: dict) -> str:
     if config.job == "distill" and len(config.distill.rates) > 1:
         smaller.append(f"fewer rates at once (--config.distill.rates, now {','.join(config.distill.rates)})")
     smaller.append("a shorter or smaller video (--config.model.frames, .height, .width)")
+    # Temporaries include on-chip memory, 128 MiB or less, so the sum may be a little above what the compiler accepts.
+    placed = "argument_bytes" in report and needed < 1.02 * memory
+    edge = "The compiler can place it, but at the limit. " if placed else ""
     return (
-        f"A device needs {needed / GIB:.2f} GiB and has {memory / GIB:.2f} GiB. Use a larger --config.target (what is "
-        f"divided over devices would need {devices} of them), a chip with more memory, {', '.join(smaller)}"
+        f"{edge}A device needs {needed / GIB:.2f} GiB and has {memory / GIB:.2f} GiB. Use a larger --config.target (what "
+        f"is divided over devices would need {devices} of them), a chip with more memory, {', '.join(smaller)}"
     )
 
 
