@@ -1,11 +1,12 @@
-"""Converts weights of a Wan2.1 DiT between PyTorch's safetensors and an Orbax checkpoint of the Flax model.
+"""Converts Wan2.1 weights between PyTorch's files and Orbax checkpoints of the Flax models.
 
     python convert_weights.py import SRC DST [--dtype=bfloat16]
     python convert_weights.py export SRC DST --format=wan|diffusers
     python convert_weights.py inspect SRC
 
-SRC: safetensors in the original layout (a file or a folder of shards), a ComfyUI single file, a diffusers transformer
-or pipeline folder, the workdir of a surgery, or an Orbax folder written by `import`. DST: a folder that doesn't exist.
+SRC: a DiT, text encoder (UMT5) or VAE in the original layout or that of diffusers and transformers (safetensors, one
+file or shards with or without index; .pth), a ComfyUI single file, a whole pipeline (diffusers' folder or the original
+release's), the workdir of a surgery, or what `import` wrote. DST: a folder that doesn't exist.
 """
 
 import argparse
@@ -27,6 +28,8 @@ def main(argv: Sequence[str]) -> int:
             command.add_argument("target", metavar="DST")
         if name == "import":
             command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in SRC")
+        if name != "inspect":
+            command.add_argument("--allow-nonfinite", action="store_true", help="take NaN and Inf as they are")
         if name == "export":
             command.add_argument("--format", choices=("wan", "diffusers"), required=True)
     args = parser.parse_args(argv)
@@ -34,9 +37,9 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         if args.command == "import":
-            print(commands.import_weights(args.source, args.target, args.dtype))
+            print(commands.import_weights(args.source, args.target, args.dtype, args.allow_nonfinite))
         elif args.command == "export":
-            print(commands.export_weights(args.source, args.target, args.format))
+            print(commands.export_weights(args.source, args.target, args.format, args.allow_nonfinite))
         else:
             print(commands.inspect_weights(args.source))
     except UserError as error:

@@ -231,27 +231,37 @@ def contact_sheet(
     width = min(2.4, max(1.3, 15.0 / columns))  # of a cell in inches
     lengths = [len(video) for video in videos.values()]
     captioned = [n != before for n, before in zip(lengths, [None, *lengths])]  # rows whose frame numbers are news
-    heights = [width * v.shape[1] / v.shape[2] + 0.05 + 0.2 * c for v, c in zip(videos.values(), captioned)]
-    figure = _figure(width * columns + 1.3, sum(heights) + 0.7)
-    grid = figure.add_gridspec(len(videos), columns, height_ratios=heights)
+    left, gap, caption = 1.2, 0.05, 0.2
+    heights = [width * v.shape[1] / v.shape[2] + gap + caption * c for v, c in zip(videos.values(), captioned)]
+    # Every place is known, so nothing is left to an automatic layout, which takes about as long as the drawing.
+    top = sum(heights) + 0.1
+    wide, high = left + (width + gap) * columns + 0.1, top + 0.25 + 0.22 * len(_wrapped(title, left + width * columns))
+    figure = _figure(wide, high, layout=None)
     for row, (name, video) in enumerate(videos.items()):
         small = video.shape[2] < width * _DPI  # keep the pixels of small videos visible; smooth large ones
+        tall = heights[row] - gap - caption * captioned[row]
+        bottom = top - sum(heights[: row + 1])
+        text = "\n".join(textwrap.wrap(name, 14)) or name
+        where = (left - 0.1) / wide, (bottom + tall / 2) / high
+        figure.text(*where, text, ha="right", va="center", fontsize=10, parse_math=False)
         for column, t in enumerate(np.round(np.linspace(0, len(video) - 1, columns)).astype(int)):
-            axes = figure.add_subplot(grid[row, column])
-            axes.imshow(video[t], interpolation="nearest" if small else "antialiased")
-            axes.set(xticks=[], yticks=[])
-            time = "" if fps is None else f" · {t / fps:.2f} s"
-            axes.set_title(f"frame {t}{time}" if captioned[row] else "", fontsize=8, pad=2)
-            if column == 0:
-                text = "\n".join(textwrap.wrap(name, 14)) or name
-                axes.set_ylabel(text, rotation=0, ha="right", va="center", labelpad=8, fontsize=10, parse_math=False)
+            x = left + column * (width + gap)
+            axes = figure.add_axes((x / wide, bottom / high, width / wide, tall / high), xticks=[], yticks=[])
+            axes.imshow(video[t], interpolation="nearest" if small else "antialiased", aspect="auto")
+            if captioned[row]:
+                time = "" if fps is None else f" · {t / fps:.2f} s"
+                axes.set_title(f"frame {t}{time}", fontsize=8, pad=2)
     _save(figure, path, title)
 
 
-def _figure(width: float, height: float):
+def _figure(width: float, height: float, layout: str | None = "constrained"):
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
+    return Figure(figsize=(width, height), dpi=_DPI, layout=layout, facecolor="white")
+
+
+def _wrapped(title: str, width: float) -> list[str]:
+    return textwrap.wrap(title, int(width * 10.5))  # characters of 12 pt that a line holds
 
 
 def _save(figure, path: str | Path, title: str) -> None:
@@ -261,8 +271,7 @@ def _save(figure, path: str | Path, title: str) -> None:
     if path.suffix != ".png":
         raise UserError(f"can't write a picture to {path}: the name must end in .png")
     if title:
-        characters = int(figure.get_figwidth() * 10.5)  # what a line of 12 pt holds
-        figure.suptitle("\n".join(textwrap.wrap(title, characters)), fontsize=12, parse_math=False)
+        figure.suptitle("\n".join(_wrapped(title, figure.get_figwidth())), fontsize=12, parse_math=False)
     FigureCanvasAgg(figure)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI)

@@ -1,17 +1,15 @@
 """A whole random pipeline of a few kilobytes, for tests of jobs: nothing is trained, everything has the real layout."""
 
 import math
-from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from hybrid_dit.convert import tables
-from hybrid_dit.convert.pipeline import Pipeline, abstract_dit, abstract_text, load_pipeline, save_pipeline
+from hybrid_dit.convert.abstract import abstract_dit, abstract_text, abstract_vae
+from hybrid_dit.convert.pipeline import Pipeline, load_pipeline, save_pipeline
 from hybrid_dit.data import shapes
 from hybrid_dit.data.tokenizer import build_word_tokenizer
-from hybrid_dit.models import vae
 from hybrid_dit.models.umt5 import UMT5Config
 from hybrid_dit.models.vae import VAEConfig
 from hybrid_dit.models.wan import WanConfig
@@ -34,11 +32,11 @@ def random_pipeline(folder: Path, layers: int = 2, dim: int = 24, heads: int = 2
         dit=random_like(abstract_dit(wan), rng),
         attention=(),
         vae=autoencoder,
-        vae_params=random_like(jax.eval_shape(partial(vae.init, autoencoder), jax.random.key(0)), rng),
+        vae_params=random_like(abstract_vae(autoencoder), rng),
         text=text,
         text_params=random_like(abstract_text(text), rng),
         tokenizer=build_word_tokenizer(shapes.all_words(), parts / "tokenizer"),
-        folder=parts,
+        tokenizer_folder=parts / "tokenizer",
         shift=3.0,
     )
     save_pipeline(folder, pipeline, "float32")

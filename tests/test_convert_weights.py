@@ -10,11 +10,14 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from pipelines import random_like
 
 from hybrid_dit.convert import commands, hybrid, orbax_folder, pipeline, sources, tables, wan_keys
+from hybrid_dit.convert.abstract import abstract_dit
 from hybrid_dit.convert.files import Weights, write_safetensors
+from hybrid_dit.convert.params import to_tree
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
@@ -28,7 +31,7 @@ PUBLISHED = WanConfig(dim=128, num_heads=1, ffn_dim=40, num_layers=3, in_channel
 
 
 def parameters(config, attention, dtype=np.float32):
-    params = random_like(pipeline.abstract_dit(config, attention), np.random.default_rng(0))
+    params = random_like(abstract_dit(config, attention), np.random.default_rng(0))
     for array in tables.flatten(params.get("feature_maps", {})).values():
         array[1] = 0  # block 1 keeps softmax
     return jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), params)
@@ -37,6 +40,16 @@ def parameters(config, attention, dtype=np.float32):
 def tensors(config, attention, layout, params, dtype=np.float32):
     entries = hybrid.stored_entries(config, attention, layout, params)
     return {name: array.astype(dtype) for name, array in tables.export_tree(entries, params)}
+
+
+def load_orbax(folder):
+    """With Orbax's own reader, which must agree with ours."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        theirs = jax.tree.map(np.asarray, checkpointer.restore((folder / "params").resolve()))
+    ours = to_tree(orbax_folder.open_params(folder))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert jax.tree.map(lambda x: x.dtype, ours) == jax.tree.map(lambda x: x.dtype, theirs)
+    return ours
 
 
 def stored(folder):
@@ -56,7 +69,7 @@ def test_every_direction_is_exact(tmp_path, attention, dtype):
     assert stored(tmp_path / "wan") == {n: (str(a.dtype), a.shape, a.tobytes()) for n, a in expected.items()}
     for layout in ("diffusers", "wan"):
         commands.import_weights(tmp_path / layout, tmp_path / f"orbax_{layout}")
-        loaded = orbax_folder.load(tmp_path / f"orbax_{layout}")
+        loaded = load_orbax(tmp_path / f"orbax_{layout}")
         assert jax.tree.structure(loaded) == jax.tree.structure(params)
         for path, array in tables.flatten(loaded).items():
             assert str(array.dtype) == dtype
@@ -65,7 +78,7 @@ def test_every_direction_is_exact(tmp_path, attention, dtype):
             out = tmp_path / f"{layout}_to_{target}"
             commands.export_weights(tmp_path / f"orbax_{layout}", out, target)
             assert stored(out) == stored(tmp_path / target)
-            again = sources.open_dit(out)
+            again = sources.open_part(out)
             assert (again.config, again.attention, again.layout) == (SMALL, attention, target)
 
 
@@ -73,23 +86,31 @@ def test_dtype_of_the_import_can_be_chosen(tmp_path):
     params = parameters(SMALL, STUDENT)
     pipeline.save_transformer(tmp_path / "in", SMALL, STUDENT, params)
     commands.import_weights(tmp_path / "in", tmp_path / "orbax", "bfloat16")
-    loaded = tables.flatten(orbax_folder.load(tmp_path / "orbax"))
+    loaded = tables.flatten(load_orbax(tmp_path / "orbax"))
     for path, array in tables.flatten(params).items():
         assert loaded[path].dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(loaded[path], array.astype(ml_dtypes.bfloat16))
 
 
-def test_mixed_dtypes_are_kept_in_float32(tmp_path):
+def test_mixed_dtypes_are_kept(tmp_path):
+    """Per parameter; a stack whose blocks differ becomes float32, which holds all of them exactly."""
     params = parameters(SMALL, TEACHER, ml_dtypes.bfloat16)
     mixed = tensors(SMALL, TEACHER, "wan", params, ml_dtypes.bfloat16)
     precise = mixed["blocks.2.norm3.weight"] = np.float32([1 + 2**-20] * SMALL.dim)
+    mixed["head.head.bias"] = mixed["head.head.bias"].astype(np.float32) + np.float32(2**-20)
     (tmp_path / "in").mkdir()
     write_safetensors(tmp_path / "in" / "model.safetensors", mixed, {})
-    (tmp_path / "in" / "config.json").write_text(json.dumps(sources.config_to_wan(SMALL)))
-    commands.import_weights(tmp_path / "in", tmp_path / "orbax")
-    loaded = orbax_folder.load(tmp_path / "orbax")["blocks"]["norm3"]["scale"]
-    np.testing.assert_array_equal(loaded[2], precise)
-    np.testing.assert_array_equal(loaded[1], mixed["blocks.1.norm3.weight"].astype(np.float32))
+    (tmp_path / "in" / "config.json").write_text(json.dumps(wan_keys.config_to_wan(SMALL)))
+    told = commands.import_weights(tmp_path / "in", tmp_path / "orbax")
+    assert "bfloat16 x" in told and "float32 x 2" in told
+    loaded = load_orbax(tmp_path / "orbax")
+    np.testing.assert_array_equal(loaded["blocks"]["norm3"]["scale"][2], precise)
+    expected = mixed["blocks.1.norm3.weight"].astype(np.float32)
+    np.testing.assert_array_equal(loaded["blocks"]["norm3"]["scale"][1], expected)
+    commands.export_weights(tmp_path / "orbax", tmp_path / "out", "wan")
+    widened = {f"blocks.{i}.norm3.weight" for i in range(3)}
+    before, after = stored(tmp_path / "in"), stored(tmp_path / "out")
+    assert {n: t for n, t in before.items() if n not in widened} == {n: t for n, t in after.items() if n not in widened}
 
 
 @pytest.mark.parametrize("layout", wan_keys.LAYOUTS)
@@ -102,8 +123,8 @@ def test_single_files_without_config_are_understood(tmp_path, layout, prefix):
     write_safetensors(tmp_path / "model.safetensors", named, {})
     told = commands.import_weights(tmp_path / "model.safetensors", tmp_path / "orbax")
     assert "no config.json; sizes are from the shapes, 1 heads = 128 / 128" in told
-    assert sources.open_dit(tmp_path / "orbax").config == PUBLISHED
-    loaded = tables.flatten(orbax_folder.load(tmp_path / "orbax"))
+    assert sources.open_part(tmp_path / "orbax").config == PUBLISHED
+    loaded = tables.flatten(load_orbax(tmp_path / "orbax"))
     for path, array in tables.flatten(params).items():
         np.testing.assert_array_equal(loaded[path], array)
 
@@ -155,7 +176,7 @@ def test_inspect_describes_broken_and_foreign_files_too(tmp_path):
     text = commands.inspect_weights(tmp_path / "model.safetensors")
     assert "layout: wan" in text and "missing head.head.bias" in text and "patch_embedding.weight" in text
     write_safetensors(tmp_path / "vae.safetensors", {"conv1.weight": np.zeros((2, 3), np.float32)}, {})
-    assert "layout: not a Wan DiT" in commands.inspect_weights(tmp_path / "vae.safetensors")
+    assert "layout: no part of a Wan model" in commands.inspect_weights(tmp_path / "vae.safetensors")
 
 
 def refusals(tmp_path):
@@ -177,8 +198,8 @@ def refusals(tmp_path):
         "nowhere": "nowhere does not exist",
         "empty": "no weights at",
         "narrow.safetensors": "its width 24 is no multiple of 128",
-        "other.safetensors": "holds no Wan DiT",
-        "double.safetensors": "stores tensors as F64; supported are F32, BF16, F16",
+        "other.safetensors": "holds no Wan DiT, UMT5 encoder or Wan VAE",
+        "double.safetensors": "is stored as F64; supported are F32, BF16, F16",
         "shape.safetensors": "blocks.1.ffn.0.bias has shape [3], expected [40]",
         "extra.safetensors": "unexpected img_emb.proj.0.weight",
         "undescribed.safetensors": "but no hybrid_config.json",

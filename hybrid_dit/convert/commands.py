@@ -2,61 +2,110 @@
 
 import math
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hybrid_dit.atomic import atomic_path, write_json
-from hybrid_dit.convert import hybrid, orbax_folder, sources, tables
-from hybrid_dit.convert.files import Weights, write_safetensors
-from hybrid_dit.convert.pipeline import DIFFUSERS_FILE, DTYPES, save_transformer
+from hybrid_dit.atomic import staged_folder
+from hybrid_dit.convert import orbax_folder, part_files, sources
+from hybrid_dit.convert.files import Weights
+from hybrid_dit.convert.params import Params, ValueCheck
+from hybrid_dit.convert.pipeline import DTYPES, write_rest
+from hybrid_dit.convert.safetensors_file import DTYPES as FILE_DTYPES
+from hybrid_dit.convert.source_folders import SourceFolder, find_part, find_pipeline
 from hybrid_dit.errors import UserError
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-def import_weights(source: str | Path, target: str | Path, dtype: str | None = None) -> str:
-    """Writes a DiT as an Orbax folder and returns what was done in words.
-
-    Args:
-        source: see `hybrid_dit.convert.sources`.
-        target: folder to write; must not exist.
-        dtype: of the parameters; None keeps the source's.
-
-    Raises:
-        UserError: the source is no DiT, or the target exists.
-    """
-    target = _fresh(target)
-    dit = sources.open_dit(source)
-    dtype = dtype or dit.dtype
-    orbax_folder.save(target, dit.config, dit.attention, dit.read(), DTYPES[dtype])
-    return _told(dit, target, f"Orbax, {dtype}")
+from hybrid_dit.progress import Progress
 
 
-def export_weights(source: str | Path, target: str | Path, layout: str) -> str:
-    """Writes a DiT as a folder of safetensors and config.json, in the source's dtype; returns what was done in words.
+def import_weights(
+    source: str | Path, target: str | Path, dtype: str | None = None, allow_nonfinite: bool = False
+) -> str:
+    """Writes a part or a whole pipeline as Orbax folders and returns what was done in words.
 
     Args:
-        source: see `hybrid_dit.convert.sources`.
-        target: folder to write; must not exist.
-        layout: "wan" (the original repository's) or "diffusers".
+        source: a part (see `sources.open_part`), a whole pipeline (see `source_folders`), or a run's workdir.
+        target: folder to write; must not exist. A pipeline keeps diffusers' folders, with `params/` in each.
+        dtype: of the parameters; None keeps that of every tensor.
+        allow_nonfinite: take NaN and Inf as they are.
 
     Raises:
-        UserError: the source is no DiT, or the target exists.
+        UserError: the source can't be converted, its weights are broken, or the target exists.
     """
-    target = _fresh(target)
-    dit = sources.open_dit(source)
-    params = dit.read()
-    if layout == "diffusers":
-        save_transformer(target, dit.config, dit.attention, params, dit.dtype)
-    else:
-        entries = hybrid.stored_entries(dit.config, dit.attention, layout, params)
-        tensors = {name: t.astype(DTYPES[dit.dtype]) for name, t in tables.export_tree(entries, params)}
-        with atomic_path(target) as temporary:
-            write_safetensors(temporary / DIFFUSERS_FILE, tensors, {"format": "pt"})
-            write_json(temporary / "config.json", sources.config_to_wan(dit.config))
-            hybrid.write_description(temporary, dit.attention)
-    return _told(dit, target, f"{layout} layout, {dit.dtype}")
+
+    def write(folder: Path, part: sources.Part, look, on_bytes) -> None:
+        del look  # the files were looked at as they were read
+        params = part.params if dtype is None else {p: x.astype(DTYPES[dtype]) for p, x in part.params.items()}
+        part_files.write_orbax(folder, part.config, part.attention, params, on_bytes)
+
+    return _convert("import", source, target, f"Orbax, {dtype or 'dtypes kept'}", write, allow_nonfinite)
+
+
+def export_weights(source: str | Path, target: str | Path, layout: str, allow_nonfinite: bool = False) -> str:
+    """Writes a part or a whole pipeline as folders of safetensors and config.json; returns what was done in words.
+
+    Args:
+        source: as for `import_weights`, or what that wrote.
+        target: folder to write; must not exist.
+        layout: "diffusers", or "wan" (the original repository's), which for a pipeline means the DiT alone.
+        allow_nonfinite: take NaN and Inf as they are.
+
+    Raises:
+        UserError: the source can't be converted, its weights are broken, or the target exists.
+    """
+
+    def write(folder: Path, part: sources.Part, look, on_bytes) -> None:
+        look = look if part.layout == "orbax" else None  # PyTorch's files were looked at as they were read
+        args = part.kind, part.config, part.attention, part.params, layout
+        part_files.write_torch(folder, *args, look=look, on_bytes=on_bytes)
+
+    return _convert("export", source, target, f"{layout} layout", write, allow_nonfinite, dit_alone=layout == "wan")
+
+
+def _convert(
+    label: str, source: str | Path, target: str | Path, told: str, write, allow_nonfinite: bool, dit_alone: bool = False
+) -> str:
+    """Runs `write` for every part of `source` into a folder that appears as `target` when all is complete."""
+    check = ValueCheck(source, allow_nonfinite)
+    with staged_folder(target) as temporary:
+        pipeline = find_pipeline(source)
+        whole = pipeline is not None and not dit_alone
+        parts, notes = _open(source, pipeline, whole, check)
+        total = sum(_size(part.params) for part in parts)
+        progress = _ByteProgress(label, total)
+        for part in parts:
+            write(temporary / part.kind if whole else temporary, part, check.look, progress.add)
+        check.finish()
+        if whole:
+            write_rest(temporary, pipeline.tokenizer, pipeline.shift)
+    lines = [f"{part.path} ({sources.TITLES[part.kind]}, {part.layout}, {part.dtype})" for part in parts]
+    notes += tuple(note for part in parts for note in part.notes)
+    return "\n".join([*lines, f"-> {target} ({told}, {total / 1e9:.3g} GB)", *(f"  note: {note}" for note in notes)])
+
+
+def _open(source: str | Path, pipeline: SourceFolder | None, whole: bool, check: ValueCheck):
+    """Returns the parts to convert, and notes for the person."""
+    if pipeline is None:
+        return [sources.open_part(find_part(source), look=check.look)], ()
+    kinds = sources.KINDS if whole else ("transformer",)
+    notes = () if whole else ("the DiT alone: surgery leaves text encoder and VAE as they are, keep the originals",)
+    return [sources.open_part(pipeline.parts[kind], kind, check.look) for kind in kinds], notes + pipeline.notes
+
+
+class _ByteProgress:
+    """Progress in megabytes; several threads may add."""
+
+    def __init__(self, label: str, total: int):
+        self._progress, self._done, self._lock = Progress(label, max(total // 10**6, 1), "MB"), 0, threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            self._progress.update(self._done // 10**6)
+
+
+def _size(params: Params) -> int:
+    return sum(math.prod(param.shape) * param.dtype.itemsize for param in params.values())
 
 
 def inspect_weights(source: str | Path) -> str:
@@ -65,49 +114,61 @@ def inspect_weights(source: str | Path) -> str:
     Raises:
         UserError: there are no weights.
     """
-    source = Path(source)
-    parts = [source / name for name in ("transformer", "text_encoder", "vae") if (source / name).is_dir()]
-    if (source / "model_index.json").is_file() and parts:
-        return "\n\n".join(_inspect(part) for part in parts)
-    return _inspect(sources.locate(source))
+    pipeline = find_pipeline(source)
+    if pipeline is not None:
+        return "\n\n".join(_inspect(pipeline.parts[kind]) for kind in sources.KINDS)
+    return _inspect(find_part(source))
 
 
 def _inspect(path: Path) -> str:
     if path.is_dir() and orbax_folder.is_orbax_folder(path):
-        found, layout = orbax_folder.describe(path), ("orbax", "")
+        found = {name: (p.shape, p.dtype.name) for name, p in orbax_folder.open_params(path).items()}
+        sizes = {name: math.prod(p.shape) * p.dtype.itemsize for name, p in orbax_folder.open_params(path).items()}
+        layout = "orbax"
     else:
         weights = Weights(path)
-        found = {n: (s, sources.STORED.get(weights.dtypes[n], weights.dtypes[n])) for n, s in weights.shapes.items()}
-        layout = sources.layout_of(found)
-    sizes = {name: math.prod(shape) for name, (shape, _) in found.items()}
-    size = sum(sizes[name] * _BYTES.get(dtype, 1) for name, (_, dtype) in found.items())
-    dtypes = Counter(dtype for _, dtype in found.values())
+        found = {name: (shape, FILE_DTYPES[weights.dtypes[name]].name) for name, shape in weights.shapes.items()}
+        sizes = {n: math.prod(shape) * FILE_DTYPES[weights.dtypes[n]].itemsize for n, shape in weights.shapes.items()}
+        known = sources.recognise(found)
+        layout = known and known[1] + (f", names start with {known[2]}" if known[2] else "")
+    count = sum(math.prod(shape) for shape, _ in found.values())
     lines = [
         str(path),
-        f"  {len(found)} tensors, {sum(sizes.values()):,} parameters, {size / 1e9:.3g} GB, "
-        + ", ".join(f"{dtype} x {count}" for dtype, count in dtypes.items()),
+        f"  {len(found)} tensors, {count:,} parameters, {sum(sizes.values()) / 1e9:.3g} GB, "
+        + sources.told_dtypes(Counter(dtype for _, dtype in found.values())),
     ]
     if layout is None:
-        lines.append("  layout: not a Wan DiT")
+        lines.append("  layout: no part of a Wan model")
     else:
-        lines.append(f"  layout: {layout[0]}" + (f", names start with {layout[1]}" if layout[1] else ""))
-        lines += _dit_lines(path)
+        lines.append(f"  layout: {layout}")
+        lines += _part_lines(path)
     return "\n".join([*lines, *_folded(found)])
 
 
-def _dit_lines(path: Path) -> list[str]:
+def _part_lines(path: Path) -> list[str]:
     try:
-        dit = sources.open_dit(path)
+        part = sources.open_part(path)
     except UserError as error:  # inspecting broken files is what this is for
         return [f"  CAN'T BE CONVERTED: {error}"]
-    c = dit.config
-    blocks = [spec.label for spec in dit.attention]
-    return [
-        f"  complete Wan DiT: {c.num_layers} blocks, width {c.dim} = {c.num_heads} heads x {c.head_dim}, feed-forward "
-        f"{c.ffn_dim}, {c.in_channels} latent channels, text {c.text_dim}",
-        f"  attention: {' '.join(blocks) if blocks else 'softmax everywhere'}",
-        *(f"  {note}" for note in dit.notes if "names start" not in note),
-    ]
+    lines = [f"  complete {sources.TITLES[part.kind]}: {_told_config(part)}"]
+    if part.kind == "transformer":
+        lines.append(f"  attention: {' '.join(s.label for s in part.attention) or 'softmax everywhere'}")
+    return lines + [f"  {note}" for note in part.notes if "names start" not in note]
+
+
+def _told_config(part: sources.Part) -> str:
+    c = part.config
+    if part.kind == "transformer":
+        return (
+            f"{c.num_layers} blocks, width {c.dim} = {c.num_heads} heads x {c.head_dim}, feed-forward {c.ffn_dim}, "
+            f"{c.in_channels} latent channels, text {c.text_dim}"
+        )
+    if part.kind == "text_encoder":
+        return (
+            f"{c.num_layers} blocks, width {c.d_model}, {c.num_heads} heads x {c.d_kv}, feed-forward {c.d_ff}, "
+            f"vocabulary {c.vocab_size}"
+        )
+    return f"{c.z_dim} latent channels, widths {' '.join(str(c.base_dim * m) for m in c.dim_mult)}"
 
 
 def _folded(found: Mapping[str, tuple[tuple[int, ...], str]]) -> Iterator[str]:
@@ -123,15 +184,3 @@ def _folded(found: Mapping[str, tuple[tuple[int, ...], str]]) -> Iterator[str]:
         shown = f"{{{numbers[0]}..{numbers[-1]}}}" if whole else ",".join(map(str, numbers))
         name = head if tail is None else f"{head}{shown}{tail}"
         yield f"  {dtype:9} {str(list(shape)):24} {name}"
-
-
-def _fresh(target: str | Path) -> Path:
-    target = Path(target)
-    if target.exists():
-        raise UserError(f"{target} exists; remove it or give another name")
-    return target
-
-
-def _told(dit: sources.DiTSource, target: Path, as_what: str) -> str:
-    notes = "".join(f"\n  note: {note}" for note in dit.notes)
-    return f"{dit.path} ({dit.layout}, {dit.dtype}) -> {target} ({as_what}){notes}"

@@ -5,10 +5,8 @@ are never used, and zero by convention (`surgery.assemble` makes them so), so th
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
 
 from hybrid_dit.atomic import write_json
 from hybrid_dit.convert import tables, wan_keys
@@ -74,12 +72,3 @@ def stored_entries(
         for name, entry in entries.items()
         if not entry.flax.startswith("feature_maps/") or attention[entry.index].converted
     }
-
-
-def import_dit(entries: Mapping[str, tables.Entry], read: Callable[[str], np.ndarray], abstract: Mapping) -> dict:
-    """Reads a DiT as float32; slices of stacked parameters that no entry fills (see `stored_entries`) are zero."""
-    flat = {path: np.zeros(leaf.shape, np.float32) for path, leaf in tables.flatten(abstract).items()}
-    for name, entry in entries.items():
-        target = flat[entry.flax] if entry.index is None else flat[entry.flax][entry.index]
-        target[...] = entry.import_(read(name))
-    return tables.unflatten(flat)

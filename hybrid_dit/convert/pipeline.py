@@ -1,28 +1,24 @@
-"""A whole Wan pipeline as one folder in diffusers' layout: transformer, vae, text_encoder, tokenizer, scheduler."""
+"""A whole Wan pipeline in memory, from and to a folder: DiT, VAE, text encoder, tokenizer, timestep shift."""
 
 import dataclasses
 import shutil
-from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from hybrid_dit.atomic import atomic_path, write_json
-from hybrid_dit.convert import hybrid, tables, umt5_keys, vae_keys, wan_keys
-from hybrid_dit.convert.files import Weights, read_json, write_safetensors
+from hybrid_dit.convert import part_files, sources
+from hybrid_dit.convert.params import Params, from_tree, to_tree
+from hybrid_dit.convert.source_folders import SourceFolder, find_pipeline
 from hybrid_dit.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_dit.errors import UserError
-from hybrid_dit.models import vae as vae_lib
-from hybrid_dit.models.umt5 import UMT5Config, UMT5Encoder
+from hybrid_dit.models.umt5 import UMT5Config
 from hybrid_dit.models.vae import VAEConfig
-from hybrid_dit.models.wan import WanConfig, WanDiT
+from hybrid_dit.models.wan import WanConfig
 from hybrid_dit.ops.spec import AttentionSpec
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Pipeline:
         text: the text encoder's config.
         text_params: its parameters.
         tokenizer: maps prompts to ids.
-        folder: where the tokenizer's files are (copied on save).
+        tokenizer_folder: where the tokenizer's files are (copied on save).
         shift: timestep shift of the flow schedule.
         text_tokens: padded text length that the DiT was trained with (Wan: 512).
     """
@@ -51,31 +47,22 @@ class Pipeline:
     text: UMT5Config
     text_params: dict
     tokenizer: Tokenizer
-    folder: Path
+    tokenizer_folder: Path
     shift: float
     text_tokens: int = 512
 
 
-def abstract_dit(config: WanConfig, attention: tuple[AttentionSpec, ...] = ()) -> dict:
-    """Returns the DiT's parameter tree as shapes, without allocating anything."""
-    latents = jnp.zeros((1, *config.patch, config.in_channels))
-    text = jnp.zeros((1, 1, config.text_dim))
-    return jax.eval_shape(WanDiT(config, attention).init, jax.random.key(0), latents, jnp.zeros(1), text)["params"]
-
-
 def load_transformer(folder: str | Path) -> tuple[WanConfig, tuple[AttentionSpec, ...], dict]:
-    """Reads a transformer folder (teacher or hybrid): its sizes, attention specs and float32 parameters.
+    """Reads a DiT (teacher or hybrid): its sizes, attention specs and float32 parameters.
+
+    Args:
+        folder: anything that `sources.open_part` takes.
 
     Raises:
-        UserError: missing or broken files, or keys and shapes that don't fit config.json.
+        UserError: missing or broken files, or keys and shapes that don't fit the sizes.
     """
-    folder = Path(folder)
-    config = wan_keys.config_from_diffusers(read_json(folder / "config.json"))
-    attention = hybrid.read_description(folder, config.num_layers)
-    weights = Weights(folder)
-    entries = hybrid.stored_entries(config, attention, "diffusers", abstract_dit(config, attention))
-    tables.check(entries, weights.shapes, str(folder))
-    return config, attention, hybrid.import_dit(entries, weights.read, abstract_dit(config, attention))
+    part = sources.open_part(folder, "transformer")
+    return part.config, part.attention, to_tree(part.params, np.float32)
 
 
 def save_transformer(
@@ -90,70 +77,62 @@ def save_transformer(
         params: the DiT's parameters.
         dtype: of the stored tensors.
     """
-    entries = hybrid.stored_entries(config, attention, "diffusers", params)
-    tensors = {name: t.astype(DTYPES[dtype]) for name, t in tables.export_tree(entries, params)}
     with atomic_path(folder) as temporary:
-        write_safetensors(temporary / DIFFUSERS_FILE, tensors, {"format": "pt"})
-        write_json(temporary / "config.json", wan_keys.config_to_diffusers(config))
-        hybrid.write_description(temporary, attention)
+        part_files.write_torch(temporary, "transformer", config, attention, _stored(params, dtype))
 
 
 def load_pipeline_config(folder: str | Path) -> tuple[WanConfig, VAEConfig]:
-    """Reads the sizes of DiT and VAE alone, without weights.
+    """Reads the sizes of DiT and VAE alone, without weights where a config.json tells them.
 
     Raises:
         UserError: the folder is no pipeline folder.
     """
-    folder = check_folder(folder)
-    wan = wan_keys.config_from_diffusers(read_json(folder / "transformer" / "config.json"))
-    return wan, VAEConfig.from_diffusers(read_json(folder / "vae" / "config.json"))
+    places = find(folder)
+
+    def config(kind: str):
+        path = places.parts[kind]
+        told = path.is_dir() and (path / "config.json").is_file()
+        return sources.read_config(path, kind) if told else sources.open_part(path, kind).config
+
+    return config("transformer"), config("vae")
 
 
-def check_folder(folder: str | Path) -> Path:
-    """Returns the folder as a Path.
+def find(folder: str | Path) -> SourceFolder:
+    """Returns where the parts of a pipeline are.
 
     Raises:
-        UserError: no folder was given, or it is no pipeline folder.
+        UserError: no folder was given, or it is no whole pipeline.
     """
     if not str(folder):
-        raise UserError("no weights given; set --config.model.weights to a pipeline folder in diffusers' layout")
-    folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is not a pipeline folder in diffusers' layout: it has no model_index.json")
-    return folder
+        raise UserError("no weights given; set --config.model.weights to the folder of a Wan2.1 pipeline")
+    places = find_pipeline(folder)
+    if places is None:
+        raise UserError(
+            f"{folder} is not a pipeline folder: neither in diffusers' layout (it has no model_index.json) nor in the "
+            "original release's (it has no models_t5_* file)"
+        )
+    return places
 
 
 def load_pipeline(folder: str | Path) -> Pipeline:
-    """Reads a pipeline folder in diffusers' layout.
+    """Reads a whole pipeline: diffusers' layout, with safetensors or Orbax parts, or the original release's folder.
 
     Raises:
         UserError: a part is missing or doesn't fit its config.json.
     """
-    folder = check_folder(folder)
-    wan, attention, dit = load_transformer(folder / "transformer")
-
-    vae_config = VAEConfig.from_diffusers(read_json(folder / "vae" / "config.json"))
-    vae_init = jax.eval_shape(partial(vae_lib.init, vae_config), jax.random.key(0))
-    vae_params = _load(folder / "vae", vae_keys.diffusers_rules(vae_config), vae_init)
-
-    text_config = UMT5Config.from_hf(read_json(folder / "text_encoder" / "config.json"))
-    weights = Weights(folder / "text_encoder")
-    text_init = abstract_text(text_config)
-    rules = umt5_keys.hf_rules(weights.shapes)
-    text_params = _load(folder / "text_encoder", rules, text_init, umt5_keys.is_tied_copy)
-
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    places = find(folder)
+    wan, text, vae = (sources.open_part(places.parts[kind], kind) for kind in sources.KINDS)
     return Pipeline(
-        wan=wan,
-        dit=dit,
-        attention=attention,
-        vae=vae_config,
-        vae_params=vae_params,
-        text=text_config,
-        text_params=text_params,
-        tokenizer=load_tokenizer(folder / "tokenizer"),
-        folder=folder,
-        shift=float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))),
+        wan=wan.config,
+        dit=to_tree(wan.params, np.float32),
+        attention=wan.attention,
+        vae=vae.config,
+        vae_params=to_tree(vae.params, np.float32),
+        text=text.config,
+        text_params=to_tree(text.params, np.float32),
+        tokenizer=load_tokenizer(places.tokenizer),
+        tokenizer_folder=places.tokenizer,
+        shift=places.shift,
     )
 
 
@@ -163,33 +142,23 @@ def save_pipeline(folder: str | Path, pipeline: Pipeline, dtype: str = "bfloat16
     The text encoder is stored in float32: transformers computes in the dtype it finds.
     """
     with atomic_path(folder) as temporary:
-        save_transformer(temporary / "transformer", pipeline.wan, pipeline.attention, pipeline.dit, dtype)
-        _save(temporary / "vae" / DIFFUSERS_FILE, vae_keys.diffusers_rules(pipeline.vae), pipeline.vae_params, dtype)
-        write_json(temporary / "vae" / "config.json", pipeline.vae.to_diffusers())
-        _save(temporary / "text_encoder" / "model.safetensors", umt5_keys.hf_rules(), pipeline.text_params, "float32")
-        write_json(temporary / "text_encoder" / "config.json", pipeline.text.to_hf())
-        shutil.copytree(pipeline.folder / "tokenizer", temporary / "tokenizer")
-        write_json(temporary / "scheduler" / "scheduler_config.json", _scheduler_config(pipeline.shift))
-        write_json(temporary / "model_index.json", _MODEL_INDEX)
+        dit, vae, text = pipeline.dit, pipeline.vae_params, pipeline.text_params
+        write = part_files.write_torch
+        write(temporary / "transformer", "transformer", pipeline.wan, pipeline.attention, _stored(dit, dtype))
+        write(temporary / "vae", "vae", pipeline.vae, (), _stored(vae, dtype))
+        write(temporary / "text_encoder", "text_encoder", pipeline.text, (), _stored(text, "float32"))
+        write_rest(temporary, pipeline.tokenizer_folder, pipeline.shift)
 
 
-def abstract_text(config: UMT5Config) -> dict:
-    """Returns the text encoder's parameter tree as shapes."""
-    ids = jnp.zeros((1, 1), jnp.int32)
-    return jax.eval_shape(UMT5Encoder(config).init, jax.random.key(0), ids, ids)["params"]
+def write_rest(folder: Path, tokenizer: Path, shift: float) -> None:
+    """Writes what a pipeline folder has beside its three parts: tokenizer, scheduler and model_index.json."""
+    shutil.copytree(tokenizer, folder / "tokenizer")
+    write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(shift))
+    write_json(folder / "model_index.json", _MODEL_INDEX)
 
 
-def _load(folder: Path, rules: list[tables.Rule], abstract: dict, optional=lambda key: False) -> dict:
-    weights = Weights(folder)
-    entries = tables.expand(rules, abstract)
-    tables.check(entries, weights.shapes, str(folder), optional)
-    return tables.import_tree(entries, weights.read, np.float32)
-
-
-def _save(path: Path, rules: list[tables.Rule], params: dict, dtype: str) -> None:
-    entries = tables.expand(rules, params)
-    tensors = {name: t.astype(DTYPES[dtype]) for name, t in tables.export_tree(entries, params)}
-    write_safetensors(path, tensors, {"format": "pt"})
+def _stored(params: dict, dtype: str) -> Params:
+    return {path: param.astype(DTYPES[dtype]) for path, param in from_tree(params).items()}
 
 
 def _scheduler_config(shift: float) -> dict:

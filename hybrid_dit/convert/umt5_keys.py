@@ -51,9 +51,12 @@ def hf_rules(found: Collection[str] = ()) -> list[Rule]:
     ]
 
 
-def is_tied_copy(name: str) -> bool:
-    """Says whether a surplus tensor may be ignored (`optional` of `tables.check`): the embedding's second name."""
-    return name in EMBEDDING_NAMES
+def is_optional(name: str) -> bool:
+    """Says whether a surplus tensor may be ignored (`optional` of `tables.check`).
+
+    It may if it is the embedding under its second name, or the tokenizer that ComfyUI keeps in the weights' file.
+    """
+    return name in EMBEDDING_NAMES or name == "spiece_model"
 
 
 def wan_rules() -> list[Rule]:

@@ -93,3 +93,37 @@ def config_to_diffusers(config: WanConfig) -> dict:
         "rope_max_seq_len": 1024,
         "text_dim": config.text_dim,
     }
+
+
+def config_from_wan(config: dict) -> WanConfig:
+    """Returns the sizes from the original repository's config.json (`WanModel`)."""
+    return WanConfig(
+        dim=config["dim"],
+        num_heads=config["num_heads"],
+        ffn_dim=config["ffn_dim"],
+        num_layers=config["num_layers"],
+        in_channels=config["in_dim"],
+        text_dim=config.get("text_dim", 4096),  # not in the published file; WanModel's default
+        freq_dim=config["freq_dim"],
+        patch=tuple(config.get("patch_size", (1, 2, 2))),
+        eps=config["eps"],
+    )
+
+
+def config_to_wan(config: WanConfig) -> dict:
+    """Inverse of `config_from_wan`, with every key that `WanModel` expects."""
+    return {
+        "_class_name": "WanModel",
+        "dim": config.dim,
+        "eps": config.eps,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "in_dim": config.in_channels,
+        "model_type": "t2v",
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "out_dim": config.in_channels,
+        "patch_size": list(config.patch),
+        "text_dim": config.text_dim,
+        "text_len": 512,
+    }

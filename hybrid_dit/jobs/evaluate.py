@@ -78,12 +78,15 @@ def measure(config, workdir: Path, prompts: list[str], folders: Mapping[str, Pat
         "sampler": f"{cfg.sampler}, {cfg.sample_steps} steps, guidance {cfg.guidance:g}",
         "variants": summarise(sampled, scenes_of(prompts, model), flops),
     }
+    progress = Progress("evaluate: videos and sheets", len(prompts), "prompt")
     for i, prompt in enumerate(prompts):
         stem = generation.file_stem(prompt, i)
-        for name, result in sampled.items():
-            write_mp4(stage.folder / "videos" / name / f"{stem}.mp4", result.videos[i])
-        rows = {name: result.videos[i] for name, result in sampled.items()}
-        pictures.contact_sheet(stage.folder / "sheets" / f"{stem}.png", rows, title=prompt)
+        sheet = stage.folder / "sheets" / f"{stem}.png"  # written last; there if an interrupted run came this far
+        if not sheet.is_file():
+            for name, result in sampled.items():
+                write_mp4(stage.folder / "videos" / name / f"{stem}.mp4", result.videos[i])
+            pictures.contact_sheet(sheet, {name: r.videos[i] for name, r in sampled.items()}, title=prompt)
+        progress.update(i + 1)
     write_text(stage.folder / "results.csv", to_csv(results))
     write_json(stage.folder / "results.json", results)
     stage.finish()

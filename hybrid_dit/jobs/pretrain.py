@@ -254,7 +254,7 @@ def train_dit(config, workdir: Path, scenes, latents, vae_config: VAEConfig, vae
         text=text_config,
         text_params=ema["text"],
         tokenizer=tokenizer,
-        folder=folder,
+        tokenizer_folder=folder / "tokenizer",
         shift=cfg.shift,
     )
     return pipeline, losses

@@ -8,7 +8,7 @@ from transformers import UMT5Config as HFConfig
 from transformers import UMT5EncoderModel
 
 from hybrid_dit.convert import tables
-from hybrid_dit.convert.umt5_keys import EMBEDDING_NAMES, hf_rules, is_tied_copy, wan_rules
+from hybrid_dit.convert.umt5_keys import EMBEDDING_NAMES, hf_rules, is_optional, wan_rules
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.umt5 import UMT5Config, UMT5Encoder
 
@@ -32,7 +32,7 @@ def saved(tmp_path):
 
 def import_checked(weights):
     entries = tables.expand(hf_rules(weights), ABSTRACT["params"])
-    tables.check(entries, {k: v.shape for k, v in weights.items()}, "file", optional=is_tied_copy)
+    tables.check(entries, {k: v.shape for k, v in weights.items()}, "file", optional=is_optional)
     return tables.import_tree(entries, weights.__getitem__)
 
 
