@@ -235,8 +235,8 @@ def advice(config, report: dict) -> str:
     placed = "argument_bytes" in report and needed < 1.02 * memory
     edge = "The compiler can place it, but at the limit. " if placed else ""
     return (
-        f"{edge}A device needs {needed / GIB:.2f} GiB and has {memory / GIB:.2f} GiB. Use a larger --config.target (what "
-        f"is divided over devices would need {devices} of them), a chip with more memory, {', '.join(smaller)}"
+        f"{edge}A device needs {needed / GIB:.2f} GiB and has {memory / GIB:.2f} GiB. Use a larger --config.target "
+        f"(what is divided over devices would need {devices} of them), a chip with more memory, {', '.join(smaller)}"
     )
 
 
