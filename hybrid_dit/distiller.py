@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_dit import surgery
 from hybrid_dit.array_typing import PyTree
-from hybrid_dit.convert.pipeline import abstract_dit
+from hybrid_dit.convert.abstract import abstract_dit
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanBlock, WanConfig, WanEmbedding, WanHead
 from hybrid_dit.ops.nested import nested_sums

@@ -12,7 +12,7 @@ from pipelines import random_like
 
 from configs import common
 from hybrid_dit import distiller, sharding, surgery
-from hybrid_dit.convert.pipeline import abstract_dit
+from hybrid_dit.convert.abstract import abstract_dit
 from hybrid_dit.errors import UserError
 from hybrid_dit.models import wan
 from hybrid_dit.ops.hybrid import softmax_part

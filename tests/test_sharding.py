@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_dit import sharding
 from hybrid_dit.convert import tables
-from hybrid_dit.convert.pipeline import abstract_dit
+from hybrid_dit.convert.abstract import abstract_dit
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig
 from hybrid_dit.ops.feature_maps import FEATURE_MAPS

@@ -7,7 +7,7 @@ import pytest
 from ops import oracle
 
 from hybrid_dit import surgery
-from hybrid_dit.convert.pipeline import abstract_dit
+from hybrid_dit.convert.abstract import abstract_dit
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig
 from hybrid_dit.ops import feature_maps

@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_dit import cost, distiller, generation, hlo, sharding, targets
 from hybrid_dit.atomic import write_json
-from hybrid_dit.convert.pipeline import abstract_dit, load_pipeline_config
+from hybrid_dit.convert.abstract import abstract_dit
+from hybrid_dit.convert.pipeline import load_pipeline_config
 from hybrid_dit.errors import UserError
 from hybrid_dit.jobs import finetune
 from hybrid_dit.models.vae import VAEConfig
