@@ -32,22 +32,27 @@ def planned(root, workdir, job, **values):
     return code, json.loads(file.read_text()), config
 
 
-@pytest.mark.parametrize("job", ["distill", "finetune"])
-def test_a_step_that_fits(root, tmp_path, capsys, job):
-    code, report, config = planned(root, tmp_path, job)
-    wan, _ = plan.sizes(config)
-    out = capsys.readouterr().out
-    assert code == 0 and report["fits"] and report["devices"] == 4
+def check(report, out, wan, devices):
+    assert report["devices"] == devices
     assert report["needed_bytes"] == report["argument_bytes"] + report["temporary_bytes"] > 0
     assert report["tokens"] == 12 and report["collectives_in_loops_of_unknown_length"] == 0
     # The teacher's weights alone, float32 and at most divided by all devices, are arguments.
     weights = sum(leaf.size for leaf in jax.tree.leaves(plan.abstract_dit(wan)))
-    assert report["argument_bytes"] > 4 * weights / 4
+    assert report["argument_bytes"] > 4 * weights / devices
     for kind, traffic in report["collectives"].items():
         assert kind in out and traffic["count"] > 0 and traffic["bytes"] > 0
-    assert "compiled in" in out and "DOES NOT FIT" not in out
-    if job == "finetune":  # the batch of 4 is divided, so its gradients must be summed
-        assert {"all-reduce", "reduce-scatter"} & report["collectives"].keys()
+    first, *others = report["largest_collectives"]
+    assert first["from"] and all(first["bytes"] >= other["bytes"] for other in others)
+    assert "compiled in" in out
+
+
+def test_fine_tuning_fits(root, tmp_path, capsys):
+    code, report, config = planned(root, tmp_path, "finetune")
+    out = capsys.readouterr().out
+    assert code == 0 and report["fits"] and "DOES NOT FIT" not in out
+    check(report, out, plan.sizes(config)[0], 4)
+    # The batch of 4 is divided, so its gradients must be summed.
+    assert {"all-reduce", "reduce-scatter"} & report["collectives"].keys()
 
 
 def test_advice_for_a_step_that_does_not_fit(root):
@@ -118,8 +123,10 @@ def test_what_can_not_be_planned(root, tmp_path, job, values, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_line_needs_no_workdir_and_passes_the_exit_code_on(root, tmp_path, monkeypatch, capsys):
-    tiny_config("plan", root)
+def test_distillation_by_command_line_without_a_workdir_exits_with_1_if_it_does_not_fit(
+    root, tmp_path, monkeypatch, capsys
+):
+    config = tiny_config("plan", root)
     monkeypatch.setattr(main, "set_up", lambda: None)
     monkeypatch.chdir(tmp_path)
     configs = plan.__file__.replace("hybrid_dit/jobs/plan.py", "configs/plan.py")
@@ -127,9 +134,11 @@ def test_the_command_line_needs_no_workdir_and_passes_the_exit_code_on(root, tmp
     settings = [f"--config.model.{key}={value}" for key, value in sizes.items()]
     command = ["main", f"--config={configs}", "--config.target=cpu:2", "--config.job=distill", *settings]
     assert main.main([*command, "--config.memory_gib=1e-6"]) == 1  # 1 KiB
-    assert "DOES NOT FIT" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT" in out
     report = json.loads((tmp_path / "runs/plan/plan/distill_weights_cpu_2.json").read_text())
     assert not report["fits"] and report["memory_bytes"] == 1073
+    check(report, out, plan.sizes(config)[0], 2)
 
 
 @pytest.mark.slow
