@@ -156,6 +156,16 @@ class Distiller:
         velocity, state, metrics = run(state, dit, x, i, context, train)
         return state, self._advance(x, velocity, i, key), metrics
 
+    def denoise(self, dit, x, i, context, key) -> jax.Array:
+        """The teacher's part of `step` alone: latents at level i + 1."""
+        attend = self._over_queries(softmax_attention, (BLOCK, SEQ))
+
+        def body(tokens, xs, conditions):
+            return self._block(xs[0], tokens, conditions, lambda q, k, v: (attend(q, k, v), ()))[0], ()
+
+        velocity, _, _ = self._teacher(dit, x, i, context, body, ())
+        return self._advance(x, velocity, i, key)
+
     def measure(self, candidates, dit, x, i, context, key) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
         """Errors of several trees of maps without training: {name: {label: relative L1 of every video [B, 2b]}}.
 

@@ -103,7 +103,7 @@ def _train(config, distiller: Distiller, dit, text: TextCache, shape, prompts: l
         x = jax.device_put(generation.noise_for(key, shape, range(cfg.batch)), whole)
         first, (state, x) = checkpoints.restore((state, x)) or (0, (state, x))
         state = load(state)
-        curves = Curves.load(folder, first) if first else Curves(distiller.specs)
+        curves = Curves.load(folder, first) if first else Curves(list(distiller.specs))
         if first:
             print(f"distill: continues after {first} steps")
         progress = Progress("distill", total, start=first)
