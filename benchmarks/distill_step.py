@@ -32,7 +32,7 @@ import numpy as np
 from configs import common
 from hybrid_dit import cost, distiller, sharding
 from hybrid_dit.convert import tables
-from hybrid_dit.convert.pipeline import abstract_dit
+from hybrid_dit.convert.abstract import abstract_dit
 from hybrid_dit.models.wan import WanConfig
 from hybrid_dit.ops import feature_maps, row_max
 from hybrid_dit.ops.hybrid import combine, linear_part
