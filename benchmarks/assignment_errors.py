@@ -1,7 +1,7 @@
 """Does the sum of block errors, which rate selection minimises, predict the error of the assembled model?
 
     python -m hybrid_dit.main --config=configs/distill.py --workdir=runs/tiny               # 4 minutes on 2 cores
-    python benchmarks/assignment_errors.py --workdir=runs/tiny --out=docs/results/cpu       # 6 minutes on 2 cores
+    python benchmarks/assignment_errors.py --workdir=runs/tiny --out=docs/results/cpu       # 10 CPU minutes
 
 Two sets of random assignments of rates to blocks, none fine-tuned:
 
@@ -110,7 +110,7 @@ def picture(path: Path, rows: list[dict], report: dict) -> None:
         axes.set(title=f"{name} ({len(mine)} assignments)", xlabel="predicted: sum of block errors", ylim=(0, None))
         axes.set_ylabel("measured: relative error of the velocity")
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, loc="upper left" if name == "free" else "lower right")
+        axes.legend(frameon=False, loc="lower right")
     FigureCanvasAgg(figure)
     figure.savefig(path)
 
