@@ -226,7 +226,8 @@ def advice(config, report: dict) -> str:
     needed, memory = report["needed_bytes"], report["memory_bytes"]
     devices = math.ceil(report["devices"] * needed / memory)
     batch = config[config.job].batch
-    smaller = [f"a smaller batch (--config.{config.job}.batch, now {batch})"] if batch > 1 else []
+    divided = report["devices"] if config.job == "finetune" else 1  # a batch below that does not get divided
+    smaller = [f"a smaller batch (--config.{config.job}.batch, now {batch})"] if batch > divided else []
     if config.job == "distill" and config.distill.activations == "stacked":
         smaller.append("no kept activations (--config.distill.activations=inside)")
     if config.job == "distill" and len(config.distill.rates) > 1:

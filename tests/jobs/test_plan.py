@@ -59,7 +59,8 @@ def test_advice_for_a_step_that_does_not_fit(root):
     report = {"needed_bytes": 32 * plan.GIB, "memory_bytes": 16 * plan.GIB, "devices": 16}
     advice = plan.advice(settings(root, "finetune"), report)
     assert "needs 32.00 GiB and has 16.00 GiB" in advice and "would need 32 of them" in advice
-    assert "--config.finetune.batch, now 4" in advice and "distill" not in advice
+    assert "batch" not in advice and "distill" not in advice  # 4 videos are not even one per device
+    assert "--config.finetune.batch, now 4" in plan.advice(settings(root, "finetune"), report | {"devices": 2})
     assert "--config.distill.rates, now R2,linear" in plan.advice(settings(root, "distill"), report)
 
 
