@@ -78,9 +78,10 @@ def linear_part(
     keep = linear_mask(grid, spec.rate, spec.pattern) if spec.kind == "hybrid" else jnp.ones(q.shape[1])
     keep = jnp.asarray(keep, v.dtype)
     state = product("hbnf,hbnd->hbfd", phi_k, head_first(v) * keep[:, None])
-    normaliser = jnp.einsum("hbnf,n->hbf", phi_k, keep, preferred_element_type=jnp.float32)
+    # Sums, not products with a vector: they are fused with what reads φ, which else is first written out in float32.
+    normaliser = (phi_k.astype(jnp.float32) * keep.astype(jnp.float32)[:, None]).sum(axis=2)
     numerator = sum(product("hbnf,hbfd->hbnd", phi_q, part) for part in _parts(state, phi_q.dtype))
-    denominator = jnp.einsum("hbnf,hbf->hbn", phi_q.astype(jnp.float32), normaliser)
+    denominator = (phi_q.astype(jnp.float32) * normaliser[:, :, None]).sum(axis=3)
     return head_last(numerator), head_last(denominator)
 
 

@@ -80,7 +80,8 @@ def test_only_converted_blocks_are_stored_and_described(student, tmp_path):
     assert {name.split(".")[1] for name in maps} == {"0", "2"}
     assert "blocks.0.feature_map.q.w0" in maps
     description = json.loads((tmp_path / "out" / hybrid.FILE).read_text())
-    assert description["blocks"][2] == dataclasses.asdict(SPEC)
+    expected = dataclasses.asdict(SPEC) | {"feature_map": {"kind": "poly", "degree": 3, "layers": 1}}
+    assert description["blocks"][2] == expected
     assert description["blocks"][1]["kind"] == "softmax"
 
 
@@ -171,3 +172,29 @@ def test_a_hybrid_with_a_fixed_feature_map_survives_the_round_trip_and_runs(teac
     outs = [WanDiT(wan, attention).apply({"params": p}, x, jnp.ones(1), text) for p in (params, read)]
     np.testing.assert_array_equal(*outs)
     assert not np.allclose(outs[0], WanDiT(wan).apply({"params": teacher.dit}, x, jnp.ones(1), text))
+
+
+def test_one_map_for_queries_and_keys_is_stored_once_and_comes_back(teacher, tmp_path):
+    spec = from_label("R2", feature_map=FeatureMapSpec(hidden=5, activation="exp", shared=True))
+    attention = (spec, *[AttentionSpec()] * 2)
+    maps = surgery.init_maps(jax.random.key(0), teacher.wan, spec)
+    hybrid_specs, params = surgery.assemble(teacher.dit, {"R2": maps}, ["R2", "softmax", "softmax"], {"R2": spec})
+    pipeline.save_transformer(tmp_path / "transformer", teacher.wan, hybrid_specs, params)
+    names = [name for name in Weights(tmp_path / "transformer").shapes if "feature_map" in name]
+    assert sorted(names) == [f"blocks.0.feature_map.q.{x}" for x in ("b0", "b1", "w0", "w1")]
+    wan, read_specs, read = pipeline.load_transformer(tmp_path / "transformer")
+    assert read_specs == attention
+    for name, array in params["feature_maps"]["q"].items():
+        np.testing.assert_array_equal(read["feature_maps"]["q"][name], array)
+    x = jax.random.normal(jax.random.key(1), (1, 1, 4, 4, wan.in_channels))
+    text = jnp.ones((1, 2, wan.text_dim))
+    outs = [WanDiT(wan, attention).apply({"params": p}, x, jnp.ones(1), text) for p in (params, read)]
+    np.testing.assert_array_equal(*outs)
+
+
+def test_descriptions_without_later_fields_are_read_with_their_defaults(student, tmp_path):
+    pipeline.save_pipeline(tmp_path / "out", student, "float32")
+    description = json.loads((tmp_path / "out" / "transformer" / hybrid.FILE).read_text())
+    # What a feature map had at first is all that is written while the rest is at its default.
+    assert all(set(b["feature_map"]) == {"kind", "degree", "layers"} for b in description["blocks"])
+    assert pipeline.load_pipeline(tmp_path / "out").attention == student.attention

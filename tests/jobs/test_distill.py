@@ -129,11 +129,13 @@ def test_sigterm_saves_within_a_step_and_exits_0(whole, root, monkeypatch, capsy
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from hybrid_dit import main, progress
 update = progress.Progress.update
 def killed(self, done, **values):
     if self.label == "distill" and done == 15:
+        while not os.path.isdir(sys.argv[2].partition("=")[2] + "/distill/checkpoints/10"):
+            time.sleep(0.01)  # it is written in the background
         os.kill(os.getpid(), signal.SIGKILL)
     update(self, done, **values)
 progress.Progress.update = killed
@@ -149,7 +151,7 @@ def test_sigkill_loses_only_steps_that_come_again(whole, root, capsys):
             text = ",".join(value) if isinstance(value, tuple) else value
             options.append(f"--config.{section}.{name}={text}")
     command = [sys.executable, "-c", KILLED, *(o for o in options if not o.endswith("="))]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert result.returncode == -signal.SIGKILL, result.stderr
     distill.run(config, root / "kill")
     assert "continues after 10 steps" in capsys.readouterr().out  # the checkpoint at the end of a trajectory

@@ -6,9 +6,10 @@ import numpy as np
 import oracle
 import pytest
 
+from hybrid_dit import cost
 from hybrid_dit.errors import UserError
 from hybrid_dit.ops import feature_maps
-from hybrid_dit.ops.spec import FeatureMapSpec
+from hybrid_dit.ops.spec import ACTIVATIONS, AttentionSpec, FeatureMapSpec
 
 U32, U16 = 2.0**-24, 2.0**-8  # unit roundoff of float32 and bfloat16
 H, D = 3, 6
@@ -35,6 +36,58 @@ def test_poly_is_the_oracles_at_every_degree_and_depth(degree, layers):
     # Per layer a product over at most P·D and about ten element-wise roundings; a power P multiplies relative errors.
     relative = degree * layers * (degree * D + 10) * U32
     assert np.abs(got - expected).max() <= relative * max(1.0, expected.max())
+
+
+@pytest.mark.parametrize("layers, hidden", [(1, 7), (2, 7), (3, 7), (3, 0)])
+def test_the_hidden_width_is_counted_and_kept(layers, hidden):
+    spec = FeatureMapSpec("poly", degree=2, layers=layers, hidden=hidden)
+    params = feature_maps.init(jax.random.key(0), H, D, spec)["q"]
+    widths = [D, *[hidden or 2 * D] * (layers - 1), 2 * D]
+    assert [params[f"w{i}"].shape for i in range(layers)] == [(H, a, b) for a, b in zip(widths, widths[1:])]
+    shape = cost.Shape(dim=H * D, heads=H, ffn=1, blocks=1, tokens=1)
+    assert cost.phi_params(shape, AttentionSpec("linear", feature_map=spec)) == sum(x.size for x in params.values())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_features_start_small_whatever_the_activation(activation):
+    """φ_q·φ_k, the weight of a key beside the row's maximum of 1, starts well below it."""
+    spec = FeatureMapSpec(activation=activation)
+    phi = feature_maps.init(jax.random.key(0), 2, 128, spec)
+    q, k = jax.random.normal(jax.random.key(1), (2, 1, 200, 2, 128))
+    phi_q, phi_k = feature_maps.apply_pair(phi, q, k, spec)
+    weights = np.einsum("bnhf,bmhf->bhnm", phi_q, phi_k)
+    assert 0.02 < weights.mean() < 0.3
+
+
+def test_exponentials_are_bounded_so_that_their_powers_are_finite():
+    spec = FeatureMapSpec(degree=6, layers=1, activation="exp")
+    phi = feature_maps.init(jax.random.key(0), H, D, spec)["q"]
+    x = 1e4 * jax.random.normal(jax.random.key(1), (1, 20, H, D))
+    y, vjp = jax.vjp(lambda p: feature_maps.apply(p, x, spec), phi)
+    assert np.isfinite(y).all() and all(np.isfinite(g).all() for g in jax.tree.leaves(vjp(jnp.ones_like(y))))
+
+
+def test_a_shared_map_has_one_set_of_parameters():
+    spec = FeatureMapSpec(shared=True)
+    phi = feature_maps.init(jax.random.key(0), H, D, spec)
+    alone = feature_maps.init(jax.random.key(0), H, D, FeatureMapSpec())
+    assert phi["k"] == {}
+    jax.tree.map(np.testing.assert_array_equal, phi["q"], alone["q"])
+    x = jax.random.normal(jax.random.key(1), (1, 5, H, D))
+    phi_q, phi_k = feature_maps.apply_pair(phi, x, x, spec)
+    np.testing.assert_array_equal(phi_q, phi_k)
+    assert not np.allclose(*feature_maps.apply_pair(alone, x, x, FeatureMapSpec()))
+
+
+def test_backward_products_of_16_bits_stay_16_bit():
+    """Every product in the program of a gradient takes bfloat16 operands; float32 ones would take twice the bytes."""
+    spec = FeatureMapSpec()
+    phi = feature_maps.init(jax.random.key(0), H, D, spec)["q"]
+    x = jnp.ones((1, 5, H, D), jnp.bfloat16)
+    text = jax.jit(jax.grad(lambda p: feature_maps.apply(p, x, spec).astype(jnp.float32).sum())).lower(phi).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) >= 5  # two forward; backward the kernels' two and the hidden layer's one
+    assert all(line.count("xbf16>") >= 2 for line in products)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -36,6 +36,18 @@ def test_a_wrong_field_is_named(fields, says):
         AttentionSpec(**fields)
 
 
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"activation": "gelu"}, "activation 'gelu' is unknown; choose one of softplus, relu, exp, elu, square"),
+        ({"hidden": -1}, "hidden width of at least 1, or 0"),
+    ],
+)
+def test_a_wrong_field_of_a_feature_map_is_named(fields, says):
+    with pytest.raises(UserError, match=says):
+        FeatureMapSpec(**fields)
+
+
 @pytest.mark.parametrize("fields", [{"degree": 0}, {"layers": 0}])
 def test_feature_maps_need_a_degree_and_a_layer(fields):
     with pytest.raises(UserError, match="at least|>= 1"):
