@@ -57,7 +57,10 @@ def get_config(job: str, model: str) -> ConfigDict:
 
     c.select = ConfigDict()  # stage 2
     c.select.rates = ("R2", "R4", "R8")  # candidates beside softmax (the paper's); distilled ones, linear if you like
-    c.select.budget = "4R4" if tiny else "15R4"  # a name (15 blocks at R4), a share of softmax's FLOPs, or FLOPs
+    c.select.budget = "4R4" if tiny else "15R4"  # a name (15 blocks at R4), a share of softmax's cost, or an amount
+    c.select.costs = "flops"  # flops (counted), timings (measured: 40ms is a budget then) or compiled (TPU's estimate)
+    c.select.timings = ""  # for timings: CSV of the bench job, with columns label,seconds
+    c.select.estimate = ""  # for compiled: JSON of configs/plan.py with --config.job=select
 
     c.finetune = ConfigDict()  # stage 3
     c.finetune.steps = 40 if tiny else 1000

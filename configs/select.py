@@ -2,7 +2,10 @@
 
 Run:    python -m hybrid_dit.main --config=configs/select.py --workdir=runs/tiny
 Takes:  seconds.
-Gives:  select/rates.json, pictures of the choice and of what other budgets would give.
+Gives:  select/rates.json; pareto.csv and pareto.json with the best rates under every budget; pictures of both.
+
+Costs are FLOPs, or --config.select.costs=timings --config.select.timings=FILE.csv (seconds per label, measured), or
+--config.select.costs=compiled --config.select.estimate=FILE.json (from configs/plan.py with --config.job=select).
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,8 @@
 """The command line: `--config=FILE.py[:MODEL] --workdir=DIR [--config.x.y=value ...]`, with errors a person can act on.
 
 A config file defines `get_config` (with the model's name as its argument, if it has one), which returns a ConfigDict.
-Overrides are read as the type of the value they replace; a tuple is written a,b,c.
+Overrides are read as the type of the value they replace; a tuple is written a,b,c. A config with a
+`default_workdir` needs no --workdir.
 """
 
 import ast
@@ -41,11 +42,13 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
     if unknown:
         hint = _nearest(unknown[0], {"config": "--config", "workdir": "--workdir"})
         raise UserError(f"unknown option --{unknown[0]}{hint}; usage: {USAGE}")
-    for name in ("config", "workdir"):
-        if not options.get(name):
-            raise UserError(f"option --{name} is missing; usage: {USAGE}")
+    if not options.get("config"):
+        raise UserError(f"option --config is missing; usage: {USAGE}")
     config = load(options.pop("config"))
-    workdir = Path(options.pop("workdir"))
+    workdir = options.pop("workdir", "") or config.get("default_workdir")
+    if not workdir:
+        raise UserError(f"option --workdir is missing; usage: {USAGE}")
+    workdir = Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder")
     for name, value in options.items():

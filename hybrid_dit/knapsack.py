@@ -114,19 +114,30 @@ def homogeneous_within(errors: ArrayLike, costs: ArrayLike, rate: int, keep: int
     )
 
 
-def pareto(errors: ArrayLike, costs: ArrayLike, points: int = 64) -> list[Selection]:
-    """Returns optimal selections at `points` evenly spaced budgets from the cheapest to the best, without repeats.
+def pareto(errors: ArrayLike, costs: ArrayLike) -> list[Selection]:
+    """Returns every efficient selection: nothing costs less at its error, nothing has less error at its cost.
 
-    Every one is efficient: nothing costs less at its error, nothing has less error at its cost. (The complete front
-    can be exponentially large for float costs.) Costs rise and errors fall strictly along the list.
+    Together they answer all budgets: the answer to one is the last that costs no more. Costs rise and errors fall
+    strictly along the list; of equal choices it has the lexicographically lowest.
+
+    Raises:
+        UserError: bad tables, or a front of more than a quarter of a million points. If costs depend on the rate alone
+            there are at most C(B + R - 1, B) totals (46,376 for 30 blocks and 5 rates); if they are different floats in
+            every block the front can grow exponentially.
     """
     errors, costs = _checked(errors, costs)
-    low = _selection(errors, costs, _cheapest(errors, costs)).cost
-    high = _selection(errors, costs, _cheapest(costs, errors)).cost
+    fixed_errors, _ = _fixed_point(errors)
+    fixed_costs, _ = _fixed_point(costs)
+    front_cost, front_error, history = np.zeros(1, np.int64), np.zeros(1, np.int64), []
+    for b in reversed(range(len(errors))):
+        cost, error = _sums(fixed_costs[b], front_cost), _sums(fixed_errors[b], front_error)
+        state = _efficient(np.arange(len(cost)), cost, error, b)
+        history.append((state % len(front_cost), state // len(front_cost)))
+        front_cost, front_error = cost[state], error[state]
     front: list[Selection] = []
-    for budget in np.linspace(low, high, points):
-        found = solve(errors, costs, max(low, min(high, float(budget))))
-        if not front or found.error < front[-1].error:
+    for choice in _choices(history, np.arange(len(front_cost))):
+        found = _selection(errors, costs, choice)
+        if not front or (found.error < front[-1].error and found.cost > front[-1].cost):  # may be equal once rounded
             front.append(found)
     return front
 
@@ -207,8 +218,7 @@ def _solve_fixed(
     best = np.iinfo(np.int64).max
     history = []  # per block from last to first: (parent state, rate index) of every state of the front
     for b in reversed(range(blocks)):
-        cost = (costs[b][:, None] + front_cost).ravel()
-        error = (errors[b][:, None] + front_error).ravel()
+        cost, error = _sums(costs[b], front_cost), _sums(errors[b], front_error)
         breaks, values = relaxations[b]
         fits = np.flatnonzero(cost <= limit)
         room = limit - cost[fits]
@@ -218,22 +228,38 @@ def _solve_fixed(
         # its whole drop), so this moves the bound by a few 2^-53 of the values; 2^-50 is safely above that.
         bound = error[fits] + np.interp(room, breaks, values)
         state = fits[bound <= best + (float(values[0]) + best) * 2.0**-50]
-        # Sort by cost, then error, then rate index (state numbers are rate-major); keep each new minimum of the error.
-        state = state[np.lexsort((state, error[state], cost[state]))]
-        least = np.minimum.accumulate(error[state])
-        state = state[np.r_[True, least[1:] < least[:-1]]]
-        if len(state) > _MAX_FRONT:
-            raise UserError(
-                f"too many choices are equally good within rounding (over {_MAX_FRONT:,} partial sums at block {b}); "
-                "round the costs to fewer digits"
-            )
+        state = _efficient(state, cost, error, b)
         history.append((state % len(front_cost), state // len(front_cost)))
         front_cost, front_error = cost[state], error[state]
 
-    choice = np.empty(blocks, np.int64)
-    state = len(front_error) - 1  # errors fall strictly along the front
+    return _choices(history, np.array([len(front_error) - 1]))[0]  # errors fall strictly along the front
+
+
+def _sums(options: Int[np.ndarray, " r"], front: Int[np.ndarray, " k"]) -> Int[np.ndarray, " s"]:
+    """Every option of a block added to every partial sum; state number = option * k + index in the front."""
+    return (options[:, None] + front).ravel()
+
+
+def _efficient(
+    state: Int[np.ndarray, " s"], cost: Int[np.ndarray, " n"], error: Int[np.ndarray, " n"], block: int
+) -> Int[np.ndarray, " k"]:
+    """The states that no other dominates, by cost, then error, then rate index: each new minimum of the error."""
+    state = state[np.lexsort((state, error[state], cost[state]))]
+    least = np.minimum.accumulate(error[state])
+    state = state[np.r_[True, least[1:] < least[:-1]]]
+    if len(state) > _MAX_FRONT:
+        raise UserError(
+            f"too many choices are equally good within rounding (over {_MAX_FRONT:,} partial sums at block {block}); "
+            "round the costs to fewer digits"
+        )
+    return state
+
+
+def _choices(history: list[tuple[np.ndarray, np.ndarray]], state: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n B"]:
+    """Follows states of the last front back through (parent state, rate index) of each block; block 0 came last."""
+    choice = np.empty((len(state), len(history)), np.int64)
     for b, (parent, rate) in enumerate(reversed(history)):
-        choice[b], state = rate[state], parent[state]
+        choice[:, b], state = rate[state], parent[state]
     return choice
 
 

@@ -1,4 +1,8 @@
-"""Entry point: `python -m hybrid_dit.main --config=configs/JOB.py[:MODEL] --workdir=DIR [--config.x.y=value ...]`."""
+"""Entry point: `python -m hybrid_dit.main --config=configs/JOB.py[:MODEL] --workdir=DIR [--config.x.y=value ...]`.
+
+The config's `job` names the module of `hybrid_dit.jobs` that runs. A config about another job has a `run` beside it:
+`configs/plan.py` runs `plan` for the job that `--config.job` says.
+"""
 
 import os
 import sys
@@ -11,7 +15,10 @@ from hybrid_dit.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the job that the config names; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    """Runs the job that the config names; returns the exit code: 0 done, 2 bad input, 130 interrupted.
+
+    A job's `run` may return an exit code of its own (`plan`: 1 for a step that does not fit).
+    """
     if {"-h", "--help"} & set(argv[1:]):
         print(f"usage: {USAGE}")
         return 0
@@ -20,14 +27,13 @@ def main(argv: Sequence[str]) -> int:
         set_up()
         from hybrid_dit import jobs  # imports JAX, which reads its environment then
 
-        jobs.load(config.job).run(config, workdir)
+        return jobs.load(config.get("run", config.job)).run(config, workdir) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
-    return 0
 
 
 def set_up() -> None:

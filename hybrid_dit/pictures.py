@@ -70,7 +70,7 @@ def pareto_plot(
 
     Args:
         path: PNG file.
-        points: (cost, error) of efficient selections (`hybrid_dit.knapsack.pareto`).
+        points: (cost, error) of efficient selections (`hybrid_dit.knapsack.pareto`), drawn as steps.
         homogeneous: {name as `hybrid_dit.cost.parse_name` reads it, "15R4": (cost, error)}.
         chosen: (cost, error) of the selection in use.
         cost_label: what cost is, and its unit.
@@ -81,7 +81,11 @@ def pareto_plot(
     figure = _figure(7.5, 5.0)
     axes = figure.add_subplot()
     cost, error = np.asarray(sorted(points), np.float64).T
-    axes.plot(cost, error, "-o", color=_COLOURS[0], ms=3.5, lw=1.5, label="efficient (rate per block)")
+    marker = "o" if len(cost) <= 100 else ""
+    # Steps: a budget between two selections gets the cheaper one.
+    axes.step(
+        cost, error, where="post", marker=marker, color=_COLOURS[0], ms=3.5, lw=1.5, label="efficient (rate per block)"
+    )
     rates: dict[str, list[tuple[int, Real, Real]]] = {}
     for name, spot in (homogeneous or {}).items():
         count, label = parse_name(name)
@@ -101,6 +105,68 @@ def pareto_plot(
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, markerscale=0.7)
+    _save(figure, path, title)
+
+
+def rates_along_front(
+    path: str | Path,
+    costs: Sequence[Real],
+    choices: ArrayLike,
+    labels: Sequence[str],
+    chosen: Real | None = None,
+    cost_label: str = "budget",
+    title: str = "",
+) -> None:
+    """Draws the best rate of every block (rows) under every budget (columns), one colour per rate.
+
+    Args:
+        path: PNG file.
+        costs: of the efficient selections, ascending, [n].
+        choices: rate index of every block of each, [n, B].
+        labels: name of each rate, from the costliest to the cheapest.
+        chosen: budget in use; None marks nothing.
+        cost_label: what the costs are.
+        title: of the picture.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    costs, choices = np.asarray(costs, np.float64), np.asarray(choices)
+    if choices.ndim != 2 or len(choices) != len(costs) or not len(costs) or (np.diff(costs) <= 0).any():
+        raise UserError(f"expected rising costs and one choice each, got {list(costs.shape)} and {list(choices.shape)}")
+    span = costs[-1] - costs[0] or max(abs(costs[-1]), 1.0)
+    edges = np.append(costs, costs[-1] + 0.03 * span)  # a selection is the answer from its cost to the next one's
+    colours = ["#b0b0b0", *colormaps["plasma"](np.linspace(0.9, 0.1, len(labels) - 1))]  # darker is cheaper
+    figure = _figure(9.0, 1.9 + 0.26 * choices.shape[1])
+    axes = figure.add_subplot()
+    axes.pcolormesh(
+        edges,
+        np.arange(choices.shape[1] + 1) - 0.5,
+        choices.T,
+        cmap=ListedColormap(colours),
+        vmin=-0.5,
+        vmax=len(labels) - 0.5,
+    )
+    for b in range(1, choices.shape[1]):
+        axes.axhline(b - 0.5, color="white", lw=1.2)
+    if chosen is not None:
+        axes.axvline(min(max(chosen, edges[0]), edges[-1]), color="black", lw=1.5, ls="--")
+        axes.annotate(
+            "budget",
+            (chosen, 1.0),
+            (0, 3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            weight="bold",
+            fontsize=9,
+        )
+    axes.set(xlabel=cost_label, ylabel="block")
+    axes.set_yticks(range(choices.shape[1]))
+    axes.invert_yaxis()
+    patches = [Patch(color=colour, label=_plain(label)) for colour, label in zip(colours, labels)]
+    axes.legend(handles=patches, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _save(figure, path, title)
 
 

@@ -229,7 +229,8 @@ def test_interruption_says_how_to_go_on(command, monkeypatch):
 def test_every_config_names_a_job_that_loads(file):
     from hybrid_dit.command_line import load
 
-    assert callable(jobs.load(load(str(CONFIGS / file)).job).run)
+    config = load(str(CONFIGS / file))
+    assert callable(jobs.load(config.job).run) and callable(jobs.load(config.get("run", config.job)).run)
 
 
 def python(*arguments, **variables):

@@ -63,6 +63,23 @@ def test_pareto_plot_shows_every_kind_of_point(tmp_path):
         assert _differs(pictures.pareto_plot, tmp_path, full, poorer) > 1e-4
 
 
+FRONT = [5.0, 8.0, 10.0], np.array([[2, 2, 1, 2], [0, 2, 1, 0], [0, 0, 0, 0]]), LABELS
+
+
+def test_rates_along_front_show_every_choice_and_the_budget(tmp_path):
+    costs, choices, labels = FRONT
+    changed = choices.copy()
+    changed[1, 2] = 2  # one block of four, over 2 of 5 units of cost
+    assert 0.02 < _differs(pictures.rates_along_front, tmp_path, FRONT, (costs, changed, labels)) < 0.1
+    marked = (*FRONT, 7.0), (*FRONT, 9.0)
+    assert _differs(pictures.rates_along_front, tmp_path, *marked) > 1e-3
+
+
+def test_rates_along_a_front_of_one_selection(tmp_path):
+    pictures.rates_along_front(tmp_path / "a.png", [3], [[0, 1, 1]], LABELS)
+    assert _read(tmp_path / "a.png").shape
+
+
 @pytest.mark.parametrize("log", [True, False])
 def test_loss_curves_show_values(tmp_path, log):
     steps = np.arange(50)
@@ -136,6 +153,7 @@ def test_matplotlib_is_left_alone_and_loaded_late():
         (lambda folder: pictures.pareto_plot(folder / "a.png", []), "no efficient points"),
         (lambda folder: pictures.error_heatmap(folder / "a.png", ERRORS, ["R2"]), r"1 rates\], got \[4, 3\]"),
         (lambda folder: pictures.error_heatmap(folder / "a.png", ERRORS * np.nan, LABELS), "finite"),
+        (lambda folder: pictures.rates_along_front(folder / "a.png", [2, 1], FRONT[1][:2], LABELS), "rising costs"),
         (lambda folder: pictures.loss_curves(folder / "a.png", {"q": ([1, 2], [1.0])}), "curve q"),
         (lambda folder: pictures.contact_sheet(folder / "a.png", {}), "no videos"),
         (lambda folder: pictures.contact_sheet(folder / "a.png", {"v": np.zeros((2, 4, 4, 3))}), "v: a video is uint8"),

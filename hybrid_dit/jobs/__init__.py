@@ -1,4 +1,7 @@
-"""Jobs: what `python -m hybrid_dit.main` runs, one module each, with a function `run(config, workdir)`."""
+"""Jobs: what `python -m hybrid_dit.main` runs, one module each, with a function `run(config, workdir)`.
+
+`run` returns nothing, or an exit code.
+"""
 
 import difflib
 import importlib
@@ -6,7 +9,7 @@ from types import ModuleType
 
 from hybrid_dit.errors import UserError
 
-JOBS = ("surgery", "distill", "select_rates", "finetune", "export", "evaluate", "sample", "pretrain")
+JOBS = ("surgery", "distill", "select_rates", "finetune", "export", "evaluate", "sample", "pretrain", "plan")
 
 
 def load(name: str) -> ModuleType:

@@ -46,7 +46,7 @@ def check(config) -> None:
     make_sampler(config.evaluate.sampler, config.evaluate.sample_steps, shift=1.0)
     costs = select_rates.candidate_costs(config)
     blocks = select_rates.attention_shape(config).blocks
-    budget = select_rates.parse_budget(config.select.budget, costs, blocks)
+    budget = select_rates.parse_budget(config, costs, blocks)
     table = np.tile(list(costs.values()), (blocks, 1))
     try:
         knapsack.solve(np.zeros(table.shape), table, budget)

@@ -68,6 +68,13 @@ class WanConfig:
         return tuple(s // p for s, p in zip(sizes, self.patch))
 
 
+# The published Wan2.1 T2V models; their names are those of the configs.
+PRESETS = {
+    "wan_1_3b": WanConfig(dim=1536, num_heads=12, ffn_dim=8960, num_layers=30),
+    "wan_14b": WanConfig(dim=5120, num_heads=40, ffn_dim=13824, num_layers=40),
+}
+
+
 class WanDiT(nn.Module):
     """Predicts the velocity of a noisy latent video.
 

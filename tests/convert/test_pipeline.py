@@ -205,5 +205,5 @@ def test_descriptions_without_later_fields_are_read_with_their_defaults(student,
     pipeline.save_pipeline(tmp_path / "out", student, "float32")
     told = json.loads((tmp_path / "out" / "transformer" / FILE).read_text())
     # What a feature map had at first is all that is written while the rest is at its default.
-    assert all(set(b["feature_map"]) == {"kind", "degree", "layers"} for b in description["blocks"])
+    assert all(set(b["feature_map"]) == {"kind", "degree", "layers"} for b in told["blocks"])
     assert pipeline.load_pipeline(tmp_path / "out").attention == student.attention

@@ -1,5 +1,6 @@
 """Stage 2 on made-up errors: the chosen rates, budgets in all spellings, the baseline, bad input."""
 
+import csv
 import itertools
 import json
 
@@ -28,13 +29,14 @@ def weights(tmp_path_factory):
     return folder
 
 
-def run(weights, workdir, budget):
+def run(weights, workdir, budget, **select):
     config = common.get_config("select_rates", "tiny")
     config.model.weights = str(weights)
     config.model.frames, config.model.height, config.model.width = FRAMES, SIZE, SIZE
     config.distill.rates = RATES
     config.select.rates = RATES
     config.select.budget = budget
+    config.select.update(select)
     stage = Stage(workdir, "distill", config)
     lines = ["block,rate,undistilled,distilled"]
     lines += [f"{b},{rate},9,{ERRORS[b, r]}" for b in range(len(ERRORS)) for r, rate in enumerate(RATES)]
@@ -50,8 +52,8 @@ def costs(config):
     return {name: cost.self_attention_flops(shape, s) for name, s in specs.items()}
 
 
-def brute_force(config, budget):
-    table = costs(config)
+def brute_force(config, budget, table=None):
+    table = table or costs(config)
     labels = ["softmax", *RATES]
     errors = np.concatenate([np.zeros((len(ERRORS), 1)), ERRORS], axis=1)
     feasible = (
@@ -79,7 +81,74 @@ def test_rates_are_the_best_within_the_budget(weights, tmp_path, budget):
     baseline = json.loads((tmp_path / "select/homogeneous.json").read_text())
     assert len(set(baseline["blocks"]) - {"softmax"}) == 1  # one rate
     assert baseline["cost"] <= limit and baseline["predicted_error"] >= error
-    assert {"rates.png", "pareto.png"} <= {p.name for p in (tmp_path / "select").iterdir()}
+    assert {"rates.png", "pareto.png", "front.png"} <= {p.name for p in (tmp_path / "select").iterdir()}
+
+
+# Unlike FLOPs: here R8 takes no less time than R2, and linear is by far the cheapest.
+TIMES = {"softmax": 0.5, "R2": 0.25, "R8": 0.25, "linear": 0.03125}
+
+
+def timings(folder):
+    rows = "".join(f"{label},{seconds}\n" for label, seconds in TIMES.items())
+    (folder / "times.csv").write_text(f"label,seconds\n{rows}")
+    return {"costs": "timings", "timings": str(folder / "times.csv")}
+
+
+def estimate(folder, tokens):
+    report = {"unit": "cycles", "tokens": tokens, "costs": {label: 4e9 * t for label, t in TIMES.items()}}
+    (folder / "plan.json").write_text(json.dumps(report))
+    return {"costs": "compiled", "estimate": str(folder / "plan.json")}
+
+
+@pytest.mark.parametrize("budget", ["2R8", "1200ms"])
+def test_measured_costs_decide_instead_of_flops(weights, tmp_path, budget):
+    config, result = run(weights, tmp_path, budget, **timings(tmp_path))
+    limit = {"2R8": 1.5, "1200ms": 1.2}[budget]
+    error, spent, choice = brute_force(config, limit, TIMES)
+    assert result["blocks"] == choice and result["cost"] == spent <= limit and result["softmax_cost"] == 2.0
+    assert result["predicted_error"] == pytest.approx(error)
+    flops = costs(config)  # what is saved is still told in FLOPs
+    saved = 1 - sum(flops[label] for label in choice) / (4 * flops["softmax"])
+    assert result["attention_flops_saved"] == pytest.approx(saved)
+    assert "R8" not in choice  # costs as much as R2, with larger errors
+
+
+def test_the_compilers_estimate_decides_likewise(weights, tmp_path):
+    tokens = 9 * 8 * 8  # 33 frames of 128 x 128
+    config, result = run(weights, tmp_path, "0.6", **estimate(tmp_path, tokens))
+    _, spent, choice = brute_force(config, 0.6 * 4 * 0.5, TIMES)
+    assert result["blocks"] == choice and result["cost"] == pytest.approx(4e9 * spent, rel=1e-15)
+
+
+def test_unknown_costs_and_missing_files(weights, tmp_path):
+    with pytest.raises(UserError, match="select.costs='time' is unknown; choose one of flops, timings, compiled"):
+        run(weights, tmp_path / "a", "2R8", costs="time")
+    with pytest.raises(UserError, match="set --config.select.timings to"):
+        run(weights, tmp_path / "b", "2R8", costs="timings")
+    with pytest.raises(UserError, match="for videos of 7 tokens, this run's have 576"):
+        run(weights, tmp_path / "c", "2R8", **estimate(tmp_path, 7))
+
+
+def test_one_distillation_answers_all_budgets(weights, tmp_path):
+    config, _ = run(weights, tmp_path, "2R8")
+    report = json.loads((tmp_path / "select/pareto.json").read_text())
+    table, front = costs(config), report["efficient"]
+    assert report["unit"] == "FLOPs" and report["block_costs"] == table
+    totals = {sum(table[label] for label in c) for c in itertools.product(["softmax", *RATES], repeat=len(ERRORS))}
+    for budget in totals:
+        error, spent, choice = brute_force(config, budget)
+        point = [p for p in front if p["cost"] <= budget][-1]
+        assert point["blocks"] == choice and point["cost"] == spent
+        assert point["predicted_error"] == pytest.approx(error)
+    assert report["homogeneous"].keys() == {f"{n}{label}" for n in range(1, 5) for label in RATES}
+    # Blocks 3 and 1 have the smallest errors at R2.
+    assert report["homogeneous"]["2R2"]["blocks"] == ["softmax", "R2", "softmax", "R2"]
+    with open(tmp_path / "select/pareto.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rates of the blocks"].split() for row in rows[: len(front)]] == [p["blocks"] for p in front]
+    assert [row["name"] for row in rows[len(front) :]] == list(report["homogeneous"])
+    shares = [float(row["share of softmax"]) for row in rows[: len(front)]]
+    assert shares == pytest.approx([p["cost"] / (4 * table["softmax"]) for p in front], rel=1e-5)  # six digits
 
 
 def test_a_budget_out_of_reach_states_the_smallest_reachable(weights, tmp_path):
