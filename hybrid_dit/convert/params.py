@@ -45,7 +45,7 @@ class Param:
             return ()
         row = max(1, math.prod(self.shape[1:]) * self.dtype.itemsize)
         rows = (_STACKED_PIECE if len(self.shape) > 2 else _PIECE) // row
-        return (min(max(rows, 1), self.shape[0]), *self.shape[1:])
+        return (max(min(rows, self.shape[0]), 1), *self.shape[1:])
 
     def pieces(self) -> Iterator[Index]:
         """Yields the index of every piece."""

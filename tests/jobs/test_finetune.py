@@ -131,7 +131,7 @@ def test_outputs_are_complete_and_everything_trained(base, uninterrupted):
 
 def test_a_complete_stage_is_left_alone(base, uninterrupted, capsys, monkeypatch):
     monkeypatch.setattr(finetune, "load_pipeline", None)  # would fail if anything were loaded
-    finetune.run(settings(f"{base[0].folder}".removesuffix("_parts")), uninterrupted)
+    finetune.run(settings(base[0].tokenizer_folder.parent), uninterrupted)
     out = capsys.readouterr().out
     assert "complete" in out and out.count("\n") == 1
 

@@ -95,7 +95,7 @@ def test_goes_on_at_the_stage_that_was_interrupted(tmp_path, monkeypatch, capsys
         ({"evaluate__sampler": "ddim"}, "unknown sampler 'ddim'"),
         ({"distill__rates": "R2,R2"}, "names a rate twice"),
         ({"model__height": 40}, "height=40 is not a multiple of 16"),
-        ({"model__weights": "nowhere"}, "nowhere is not a pipeline folder"),
+        ({"model__weights": "nowhere"}, "nowhere does not exist"),
         ({"model__weights": ""}, "no weights given"),
     ],
 )

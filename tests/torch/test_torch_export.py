@@ -54,7 +54,7 @@ def test_reads_every_form_of_files(how, tmp_path):
 
 
 def test_files_that_are_broken_or_hold_other_tensors(tmp_path):
-    with pytest.raises(UserError, match="no weights in"):
+    with pytest.raises(UserError, match="no weights at"):
         load(tmp_path)
     write(tmp_path, "single")
     state = layer().state_dict()
