@@ -22,7 +22,6 @@ from hybrid_dit.atomic import write_json
 from hybrid_dit.convert.abstract import abstract_dit
 from hybrid_dit.convert.pipeline import load_pipeline_config
 from hybrid_dit.errors import UserError
-from hybrid_dit.jobs import finetune
 from hybrid_dit.models.vae import VAEConfig
 from hybrid_dit.models.wan import PRESETS, SelfAttention, WanConfig
 from hybrid_dit.ops import feature_maps
@@ -32,6 +31,7 @@ from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.pairs import Pairs
 from hybrid_dit.surgery_io import specs_from_config
 from hybrid_dit.targets import Target
+from hybrid_dit.trainer import Trainer
 
 TEXT_TOKENS = 512  # the longest prompt
 LARGEST = 10  # collectives that the JSON file lists with the operation they come from
@@ -145,7 +145,7 @@ def finetune_step(config, wan: WanConfig, shape: tuple[int, ...], target: Target
     attention = planned_attention(config, wan)
     text, count = np.zeros((1, TEXT_TOKENS + 1, wan.text_dim), np.float32), np.zeros((1, TEXT_TOKENS + 1), np.float32)
     empty = Pairs(np.zeros((1, *shape), np.float32), text, count)
-    trainer = finetune.Trainer(config, wan, attention, 3.0, empty, sharding.data_mesh(target.devices))
+    trainer = Trainer(config, wan, attention, 3.0, empty, sharding.data_mesh(target.devices))
     batch = Pairs(*(jax.ShapeDtypeStruct((cfg.batch, *x.shape[1:]), x.dtype) for x in empty))
     return trainer.lower(trainer.abstract(abstract_dit(wan, attention)), batch)
 

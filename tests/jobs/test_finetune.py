@@ -22,6 +22,7 @@ from hybrid_dit.convert.pipeline import load_transformer
 from hybrid_dit.errors import UserError
 from hybrid_dit.jobs import finetune
 from hybrid_dit.pairs import Pairs, batch_at
+from hybrid_dit.trainer import Trainer
 from hybrid_dit.workdir import Stage
 
 CHOICE = ["R2", "softmax"]
@@ -102,7 +103,7 @@ def make_trainer(base, noise_pairs, tmp_path_factory):
         config = make(folder, **{"learning_rate": 3e-3, "drop_text": 0.0, **finetune_settings})
         attention, params = untrained(pipeline, folder, config)
         mesh = sharding.data_mesh(jax.devices()[:devices])
-        return finetune.Trainer(config, pipeline.wan, attention, 3.0, noise_pairs[1], mesh), params
+        return Trainer(config, pipeline.wan, attention, 3.0, noise_pairs[1], mesh), params
 
     return trainer
 
