@@ -30,6 +30,7 @@ from hybrid_dit.models.wan import WanBlock, WanConfig, WanEmbedding, WanHead
 from hybrid_dit.ops.nested import nested_sums
 from hybrid_dit.ops.softmax import softmax_attention
 from hybrid_dit.ops.spec import AttentionSpec
+from hybrid_dit.placement import Placement
 from hybrid_dit.sampling import Sampler, make_sampler
 from hybrid_dit.sharding import AXIS, BLOCK, DIT_RULES, SEQ, over_all_axes, padded, param_shardings, replicated, ways
 from hybrid_dit.surgery_io import specs_from_config
@@ -129,7 +130,7 @@ class Distiller:
             return 0
         rows, tokens = self._rows(batch), math.prod(self.wan.grid(latent_shape))
         rows = rows.stop - rows.start
-        videos = rows // ways(self.mesh, self._data(rows))
+        videos = rows // ways(self.mesh, self._place.data(rows))
         tokens = padded(tokens, self.mesh.shape[SEQ]) // self.mesh.shape[SEQ]
         blocks = self.padded_blocks // self.mesh.shape[BLOCK]
         return blocks * videos * tokens * self.wan.dim * jnp.dtype(self.dtype).itemsize
@@ -158,7 +159,7 @@ class Distiller:
 
     def denoise(self, dit, x, i, context, key) -> jax.Array:
         """The teacher's part of `step` alone: latents at level i + 1."""
-        attend = self._over_queries(softmax_attention, (BLOCK, SEQ))
+        attend = self._place.over_queries(softmax_attention, (BLOCK, SEQ))
 
         def body(tokens, xs, conditions):
             return self._block(xs[0], tokens, conditions, lambda q, k, v: (attend(q, k, v), ()))[0], ()
@@ -201,7 +202,7 @@ class Distiller:
     def _stacked(self, state, dit, x, i, context, train):
         rows, grid = self._rows(len(x)), self.wan.grid(x.shape)
         groups = self.mesh.shape[BLOCK]
-        attend = self._over_queries(softmax_attention, (BLOCK, SEQ))
+        attend = self._place.over_queries(softmax_attention, (BLOCK, SEQ))
 
         def body(tokens, xs, conditions):
             out, _ = self._block(xs[0], tokens, conditions, lambda q, k, v: (attend(q, k, v), ()))
@@ -212,7 +213,7 @@ class Distiller:
         nested = self._nested(grid, (SEQ,))
 
         def one(params, tokens, real, state):
-            _, kept = self._block(params, self._split(tokens, (SEQ,)), conditions, nested, (SEQ,))
+            _, kept = self._block(params, self._place.split(tokens, (SEQ,)), conditions, nested, (SEQ,))
             new, metrics = train(state, kept)
             return jax.tree.map(lambda a, b: jnp.where(real, a, b), new, state), metrics
 
@@ -221,11 +222,11 @@ class Distiller:
             return a.reshape(groups, -1, *a.shape[1:]).swapaxes(0, 1)
 
         def arrange_back(a):
-            return self._by_block(a.swapaxes(0, 1).reshape(-1, *a.shape[2:]))
+            return self._place.by_block(a.swapaxes(0, 1).reshape(-1, *a.shape[2:]))
 
         params, inputs = self.pad((dit["blocks"], inputs))
         real = jnp.arange(self.padded_blocks) < self.wan.num_layers
-        xs = jax.tree.map(arrange, (params, *jax.tree.map(self._by_block, (inputs, real, state))))
+        xs = jax.tree.map(arrange, (params, *jax.tree.map(self._place.by_block, (inputs, real, state))))
 
         def one_per_group(_, xs):
             params = jax.tree.map_with_path(self._gather, xs[0])
@@ -242,7 +243,7 @@ class Distiller:
         for label, spec in self.specs.items():
 
             def loss(phi, label=label, spec=spec, qkv=tuple(qkv)):
-                phi = jax.tree.map(self._whole, phi)
+                phi = jax.tree.map(self._place.whole, phi)
                 return surgery.rate_loss(phi, qkv, teacher, sums[label], spec, grid, self.loss, key)
 
             of_rate = jax.value_and_grad(loss, has_aux=True)(state["maps"][label])
@@ -265,10 +266,10 @@ class Distiller:
         both = jax.tree.map(lambda c, u: jnp.concatenate([c, jnp.broadcast_to(u, c.shape)]), *context)
         t = jnp.broadcast_to(jnp.asarray(self.sampler.schedule.timesteps)[i], (2 * len(x),))
         dtype = jnp.dtype(self.dtype)
-        ends = {name: jax.tree.map(self._whole, part) for name, part in dit.items() if name != "blocks"}
+        ends = {name: jax.tree.map(self._place.whole, part) for name, part in dit.items() if name != "blocks"}
         embed = WanEmbedding(self.wan, dtype)
         tokens, time, conditions = embed.apply({"params": ends}, jnp.concatenate([x, x]), t, *both)
-        tokens = self._split(tokens, (BLOCK, SEQ))
+        tokens = self._place.split(tokens, (BLOCK, SEQ))
         tokens, out = jax.lax.scan(partial(body, conditions=conditions), tokens, (dit["blocks"], xs))
         velocity = WanHead(self.wan, dtype).apply({"params": ends}, tokens, time, self.wan.grid(x.shape))
         cond, uncond = jnp.split(velocity, 2)
@@ -279,19 +280,19 @@ class Distiller:
         params = jax.tree.map_with_path(self._gather, params)
         block = WanBlock(self.wan, (), (0, 0, 0), jnp.dtype(self.dtype), attend)
         (out, _), variables = block.apply({"params": params}, tokens, 0, {}, *conditions, mutable=["intermediates"])
-        return self._split(out, axes), variables["intermediates"]["self_attn"]["attention"]
+        return self._place.split(out, axes), variables["intermediates"]["self_attn"]["attention"]
 
     def _gather(self, path, leaf):
         """A block's parameter whole on every device; matrices in the dtype they are used in, half the traffic."""
-        return self._whole(leaf.astype(self.dtype) if path[-1].key == "kernel" else leaf)
+        return self._place.whole(leaf.astype(self.dtype) if path[-1].key == "kernel" else leaf)
 
     def _nested(self, grid, axes=(BLOCK, SEQ)):
         """Attention for `_block` that keeps q, k, v, its output and the softmax sums of all rates."""
         hybrid = {label: spec for label, spec in self.specs.items() if spec.kind == "hybrid"}
-        run = self._over_queries(partial(nested_sums, specs=hybrid, grid=grid), axes)
+        run = self._place.over_queries(partial(nested_sums, specs=hybrid, grid=grid), axes)
 
         def attend(q, k, v):
-            q, k, v = (self._split(x, axes) for x in (q, k, v))
+            q, k, v = (self._place.split(x, axes) for x in (q, k, v))
             y, sums = run(q, k, v)
             zero = jnp.zeros(())
             return y, (q, k, v, y, {label: sums.get(label, (zero, zero)) for label in self.specs})
@@ -306,49 +307,12 @@ class Distiller:
         return {"both": slice(0, 2 * batch), "cond": slice(0, batch), "uncond": slice(batch, 2 * batch)}[self.branches]
 
     @cached_property
+    def _place(self) -> Placement:
+        return Placement(self.mesh)
+
+    @cached_property
     def _tx(self) -> optax.GradientTransformation:
         return optax.adamw(self.learning_rate)
-
-    # Placement; nothing of it happens on one device
-
-    def _constrain(self, x, *spec):
-        if self.mesh.size == 1:
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
-
-    def _whole(self, x):
-        return self._constrain(x)
-
-    def _by_block(self, x):
-        """[B, videos, n, ...]: blocks over their axis; the rest as XLA likes."""
-        return self._constrain(x, BLOCK, *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
-
-    def _data(self, videos: int) -> str | None:
-        return AXIS if videos % self.mesh.shape[AXIS] == 0 else None
-
-    def _split(self, tokens, axes):
-        """[b, n, ...]: videos over the data axis where that divides, tokens over `axes`."""
-        return self._constrain(tokens, self._data(len(tokens)), axes)
-
-    def _over_queries(self, attend, axes):
-        """`attend(q, k, v)` with queries split over `axes` and every device holding all keys of its videos."""
-        shards = ways(self.mesh, axes)
-        if self.mesh.size == 1:
-            return attend
-
-        def split(q, k, v):
-            n, data = q.shape[1], self._data(len(q))
-            q = jnp.pad(q, ((0, 0), (0, -n % shards), (0, 0), (0, 0)))
-            run = jax.shard_map(
-                attend,
-                mesh=self.mesh,
-                in_specs=(PartitionSpec(data, axes), PartitionSpec(data), PartitionSpec(data)),
-                out_specs=PartitionSpec(data, axes),
-                check_vma=False,
-            )
-            return jax.tree.map(lambda a: a[:, :n], run(q, k, v))
-
-        return split
 
 
 def abstract_step(

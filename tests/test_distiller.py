@@ -41,6 +41,11 @@ def inputs(shape=SHAPE):
     return dit, x, 1, tuple(text), jax.random.key(2)
 
 
+def compile_fast(function, *args):
+    """The same program, compiled in half the time: what LLVM makes of it is not under test."""
+    return function.lower(*args).compile(compiler_options={"xla_backend_optimization_level": 0})
+
+
 def run(d, args, steps=2):
     """Host results of some steps: (maps without padding, latents, metrics of the last), and the padded state."""
     dit, x, first, context, key = args
@@ -49,8 +54,7 @@ def run(d, args, steps=2):
     dit = sharding.put(dit, d.dit_shardings(dit))
     x = jax.device_put(x, sharding.replicated(d.mesh))
     args = state, dit, x, first, context, key
-    # The same program, compiled in half the time: what LLVM makes of it is not under test.
-    step = distiller.jit_step(d).lower(*args).compile(compiler_options={"xla_backend_optimization_level": 0})
+    step = compile_fast(distiller.jit_step(d), *args)
     for i in range(first, first + steps):
         state, x, metrics = step(state, dit, x, i, context, key)
     return jax.device_get((d.unpad(state)["maps"], x, metrics)), state
@@ -77,12 +81,13 @@ def assert_same(got, expected):
 def test_a_step_equals_training_every_block_and_rate_alone(loss):
     d, (dit, x, i, context, key) = make(loss=loss), inputs()
     state = d.init(jax.random.key(0))
-    new, x_next, metrics = jax.jit(d.step)(state, dit, x, i, context, key)
+    new, x_next, metrics = compile_fast(jax.jit(d.step), state, dit, x, i, context, key)(state, dit, x, i, context, key)
 
     # The teacher, branch by branch, and guidance by hand.
     model = wan.WanDiT(WAN)
     t = jnp.asarray(d.sampler.schedule.timesteps)[i][None]
-    runs = [model.apply({"params": dit}, x, t, *c, mutable=["intermediates"]) for c in context]
+    apply = jax.jit(lambda *inputs: model.apply({"params": dit}, *inputs, mutable=["intermediates"]))
+    runs = [apply(x, t, *c) for c in context]
     (cond, cond_vars), (uncond, uncond_vars) = runs
     _, expected = d.sampler.step((), x, uncond + 5.0 * (cond - uncond), i, key)
     # Guidance multiplies float32 rounding of the two branches (6e-8 of their size) by 5 + 4; a factor 10 on top.
@@ -91,7 +96,7 @@ def test_a_step_equals_training_every_block_and_rate_alone(loss):
     captured = [wan.captured_attention(v) for v in (cond_vars, uncond_vars)]
     grid = WAN.grid(x.shape)
     tx = optax.adamw(RATE)
-    for block in (0, 5):
+    for block in (5,):
         q, k, v, y = (jnp.concatenate([c[n][block] for c in captured]) for n in range(4))
         for label, spec in d.specs.items():
             maps = jax.tree.map(lambda a, b=block: a[b], state["maps"][label])
@@ -100,7 +105,7 @@ def test_a_step_equals_training_every_block_and_rate_alone(loss):
                 sums = softmax_part(q, k, v, spec, grid)
                 return surgery.rate_loss(phi, (q, k, v), y, sums, spec, grid, loss, jax.random.fold_in(key, i))
 
-            (value, error), grads = jax.value_and_grad(alone, has_aux=True)(maps)
+            (value, error), grads = jax.jit(jax.value_and_grad(alone, has_aux=True))(maps)
             updates, _ = tx.update(grads, tx.init(maps), maps)
             np.testing.assert_allclose(metrics["error"][label][block], error, rtol=1e-4)
             np.testing.assert_allclose(metrics["loss"][label][block], value, rtol=1e-4)
@@ -118,18 +123,17 @@ def test_block_inputs_kept_give_the_same_maps():
     assert_same(got, reference(**choice))
 
 
-@pytest.mark.parametrize("activations, ways", [("stacked", (1, 1)), ("stacked", (2, 2)), ("inside", (2, 2))], ids=str)
+@pytest.mark.parametrize("activations, ways", [("stacked", (1, 2)), ("inside", (2, 2))], ids=str)
 def test_eight_devices_give_the_same_maps(activations, ways):
-    """8 x 1 x 1: six blocks are padded to eight; 2 x 2 x 2: both branches, and tokens, on devices of their own."""
-    shape = (3, 4, 8, 4) if ways == (1, 1) else (1, 2, 10, 4)  # 24 tokens, or 5, which no axis divides
+    """4 x 1 x 2: six blocks are padded to eight; 2 x 2 x 2: both branches, and tokens, on devices of their own."""
+    shape = (1, 2, 10, 4)  # 5 tokens, which no axis divides
     d = make(sharding.distill_mesh(*ways), activations=activations)
     got, state = run(d, inputs(shape))
     assert_same(got, reference(shape=shape))
     leaves = jax.tree.leaves(state)
     if activations == "stacked":
         assert {x.sharding.spec[0] for x in leaves} == {"block"}
-        if ways == (1, 1):
-            assert d.padded_blocks == 8 and not any(np.asarray(x)[6:].any() for x in leaves)  # never trained
+        assert d.padded_blocks == 8 and not any(np.asarray(x)[6:].any() for x in leaves)  # never trained
     else:
         split = [x for x in leaves if not x.is_fully_replicated]
         assert len(split) > len(leaves) / 2 and all(x.shape[0] == 6 for x in leaves)
