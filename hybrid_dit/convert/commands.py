@@ -1,5 +1,6 @@
 """What `convert_weights.py` does: import to Orbax, export for PyTorch, inspect."""
 
+import dataclasses
 import math
 import re
 import threading
@@ -35,10 +36,9 @@ def import_weights(
 
     def write(folder: Path, part: sources.Part, look, on_bytes) -> None:
         del look  # the files were looked at as they were read
-        params = part.params if dtype is None else {p: x.astype(DTYPES[dtype]) for p, x in part.params.items()}
-        part_files.write_orbax(folder, part.config, part.attention, params, on_bytes)
+        part_files.write_orbax(folder, part.config, part.attention, part.params, on_bytes)
 
-    return _convert("import", source, target, f"Orbax, {dtype or 'dtypes kept'}", write, allow_nonfinite)
+    return _convert("import", source, target, f"Orbax, {dtype or 'dtypes kept'}", write, allow_nonfinite, dtype=dtype)
 
 
 def export_weights(source: str | Path, target: str | Path, layout: str, allow_nonfinite: bool = False) -> str:
@@ -63,7 +63,14 @@ def export_weights(source: str | Path, target: str | Path, layout: str, allow_no
 
 
 def _convert(
-    label: str, source: str | Path, target: str | Path, told: str, write, allow_nonfinite: bool, dit_alone: bool = False
+    label: str,
+    source: str | Path,
+    target: str | Path,
+    told: str,
+    write,
+    allow_nonfinite: bool,
+    dtype: str | None = None,
+    dit_alone: bool = False,
 ) -> str:
     """Runs `write` for every part of `source` into a folder that appears as `target` when all is complete."""
     check = ValueCheck(source, allow_nonfinite)
@@ -71,6 +78,9 @@ def _convert(
         pipeline = find_pipeline(source)
         whole = pipeline is not None and not dit_alone
         parts, notes = _open(source, pipeline, whole, check)
+        stored = [part.dtype for part in parts]
+        if dtype is not None:
+            parts = [_cast(part, dtype) for part in parts]
         total = sum(_size(part.params) for part in parts)
         progress = _ByteProgress(label, total)
         for part in parts:
@@ -78,7 +88,7 @@ def _convert(
         check.finish()
         if whole:
             write_rest(temporary, pipeline.tokenizer, pipeline.shift)
-    lines = [f"{part.path} ({sources.TITLES[part.kind]}, {part.layout}, {part.dtype})" for part in parts]
+    lines = [f"{p.path} ({sources.TITLES[p.kind]}, {p.layout}, {there})" for p, there in zip(parts, stored)]
     notes += tuple(note for part in parts for note in part.notes)
     return "\n".join([*lines, f"-> {target} ({told}, {total / 1e9:.3g} GB)", *(f"  note: {note}" for note in notes)])
 
@@ -92,6 +102,10 @@ def _open(source: str | Path, pipeline: SourceFolder | None, whole: bool, check:
     return [sources.open_part(pipeline.parts[kind], kind, check.look) for kind in kinds], notes + pipeline.notes
 
 
+def _cast(part: sources.Part, dtype: str) -> sources.Part:
+    return dataclasses.replace(part, params={path: p.astype(DTYPES[dtype]) for path, p in part.params.items()})
+
+
 class _ByteProgress:
     """Progress in megabytes; several threads may add."""
 
@@ -100,8 +114,9 @@ class _ByteProgress:
 
     def add(self, count: int) -> None:
         with self._lock:
-            self._done += count
-            self._progress.update(self._done // 10**6)
+            before, self._done = self._done // 10**6, self._done + count
+            if self._done // 10**6 > before:  # once per megabyte: the last line comes once
+                self._progress.update(self._done // 10**6)
 
 
 def _size(params: Params) -> int:
