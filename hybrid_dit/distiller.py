@@ -292,10 +292,12 @@ class Distiller:
         run = self._place.over_queries(partial(nested_sums, specs=hybrid, grid=grid), axes)
 
         def attend(q, k, v):
-            q, k, v = (self._place.split(x, axes) for x in (q, k, v))
-            y, sums = run(q, k, v)
+            # Padded, so that devices divide the tokens: an array that they don't divide ends up whole on all of them.
+            n = q.shape[1]
+            q, k, v = (self._place.pad_and_split(x, axes) for x in (q, k, v))
+            y, sums = run(q, k[:, :n], v[:, :n])
             zero = jnp.zeros(())
-            return y, (q, k, v, y, {label: sums.get(label, (zero, zero)) for label in self.specs})
+            return y[:, :n], (q, k, v, y, {label: sums.get(label, (zero, zero)) for label in self.specs})
 
         return attend
 

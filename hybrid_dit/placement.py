@@ -33,6 +33,11 @@ class Placement:
         """[b, n, ...]: videos over the data axis where that divides, tokens over `axes`."""
         return self._constrain(tokens, self.data(len(tokens)), axes)
 
+    def pad_and_split(self, tokens: Array, axes: tuple[str, ...]) -> Array:
+        """As `split`, after appending zeros until the devices divide the tokens."""
+        missing = -tokens.shape[1] % ways(self.mesh, axes)
+        return self.split(jnp.pad(tokens, ((0, 0), (0, missing), *((0, 0),) * (tokens.ndim - 2))), axes)
+
     def data(self, videos: int) -> str | None:
         """The axis that this many videos are split over, None if they don't divide."""
         return AXIS if videos % self.mesh.shape[AXIS] == 0 else None

@@ -3,6 +3,7 @@
 Feature maps of one kind of attention ("R2", "linear", ...) are a tree with a leading block axis, as in the model.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -15,7 +16,7 @@ from hybrid_dit.models.wan import WanConfig
 from hybrid_dit.ops import feature_maps
 from hybrid_dit.ops.hybrid import combine, linear_part
 from hybrid_dit.ops.spec import AttentionSpec
-from hybrid_dit.ops.tokens import Grid, linear_mask
+from hybrid_dit.ops.tokens import Grid, linear_keys
 
 LOSSES = ("value", "attention")
 
@@ -33,8 +34,19 @@ def value_loss(
 
     The norm is taken as a mean over elements: sizes then don't change the loss, and AdamW doesn't see the factor.
     """
-    error = jnp.abs(teacher.astype(jnp.float32) - student).mean()
-    return error, error / jnp.abs(teacher.astype(jnp.float32)).mean()
+    return _value_loss(teacher, student, teacher.shape[1])
+
+
+def _value_loss(teacher: Array, student: Array, tokens: int) -> tuple[Array, Array]:
+    """`value_loss` over the first `tokens` tokens; the rest pads them."""
+    error, size = _absolute(teacher, student, tokens).sum(), _absolute(teacher, 0.0, tokens).sum()
+    return error / (teacher.size // teacher.shape[1] * tokens), error / size
+
+
+def _absolute(a: Array, b: Array | float, tokens: int) -> Float[Array, "b n h d"]:
+    """|a − b| in float32, 0 for tokens from `tokens` on. A mask, since a slice would move tokens between devices."""
+    real = (np.arange(a.shape[1]) < tokens)[:, None, None]
+    return jnp.where(real, jnp.abs(a.astype(jnp.float32) - b), 0.0)
 
 
 def attention_loss(
@@ -52,11 +64,12 @@ def attention_loss(
     of them if there are fewer), and their squared norm is scaled up to all rows. exp(s) is divided by its row's
     exp(c_i), as the student's softmax part is (Eq. 5): otherwise large logits overflow and the two parts don't match.
     """
-    n = q.shape[1]
+    n = math.prod(grid)
+    k = k[:, :n]  # without tokens that pad the grid's
     rows = jax.random.choice(key, n, (min(queries, n),), replace=False)
     q_rows = q[:, rows].astype(jnp.float32)
     scores = jnp.einsum("bnhd,bmhd->bhnm", q_rows, k.astype(jnp.float32)) * q.shape[-1] ** -0.5
-    keep = linear_mask(grid, spec.rate, spec.pattern) if spec.kind == "hybrid" else np.ones(n, np.float32)
+    keep = linear_keys(grid, spec, n)
     softmax_keys = jnp.where(keep == 0, scores, -jnp.inf) if spec.kind == "hybrid" else scores
     target = jnp.exp(scores - softmax_keys.max(axis=-1, keepdims=True))
     phi_q, phi_k = feature_maps.apply_pair(phi, q_rows, k, spec.feature_map)
@@ -78,7 +91,7 @@ def rate_loss(
 
     Args:
         phi: this block's feature maps for this rate.
-        qkv: this block's q, k, v after norm and RoPE, from the teacher.
+        qkv: this block's q, k, v after norm and RoPE, from the teacher. Tokens beyond the grid's don't count.
         teacher: the teacher's attention output, softmax(q kᵀ) v.
         sums: softmax part of Eq. 5, from `ops.nested.nested_sums`.
         spec: what to distil to.
@@ -87,7 +100,7 @@ def rate_loss(
         key: for sampled rows of the attention loss.
     """
     student = combine(sums, linear_part(*qkv, phi, spec, grid))
-    value, error = value_loss(teacher, student)
+    value, error = _value_loss(teacher, student, math.prod(grid))
     return value if loss == "value" else attention_loss(*qkv[:2], phi, spec, grid, key), error
 
 
@@ -103,10 +116,10 @@ def video_errors(
 
     Arguments as for `rate_loss`, with a label for every rate.
     """
-    teacher = teacher.astype(jnp.float32)
-    size = jnp.abs(teacher).sum(axis=(1, 2, 3))
+    n = math.prod(grid)
+    size = _absolute(teacher, 0.0, n).sum(axis=(1, 2, 3))
     students = {s: combine(sums[s], linear_part(*qkv, phi[s], spec, grid)) for s, spec in specs.items()}
-    return {label: jnp.abs(teacher - student).sum(axis=(1, 2, 3)) / size for label, student in students.items()}
+    return {label: _absolute(teacher, student, n).sum(axis=(1, 2, 3)) / size for label, student in students.items()}
 
 
 def assemble(

@@ -9,7 +9,7 @@ from hybrid_dit.array_typing import Array, Float, PyTree
 from hybrid_dit.ops import feature_maps
 from hybrid_dit.ops.softmax import softmax_attention, softmax_sums
 from hybrid_dit.ops.spec import AttentionSpec
-from hybrid_dit.ops.tokens import Grid, linear_mask, softmax_tokens
+from hybrid_dit.ops.tokens import Grid, linear_keys, softmax_tokens
 
 # The linear part alone may have a vanishing denominator (features can all underflow). The gradient of the division
 # takes TINY to the power -2, which must not overflow in float32.
@@ -71,12 +71,11 @@ def linear_part(
     """The sums of Eq. 5 over L (every token if S is empty), φ_q(q_i)·Σ φ_k(k_j)ᵀ v_j and φ_q(q_i)·Σ φ_k(k_j)ᵀ; float32.
 
     The state Σ φ_k(k_j)ᵀ v_j is F×D per head; nothing here grows with N². Everything runs with the head axis first, as
-    products per head want it: three transposes in, one out.
+    products per head want it: three transposes in, one out. Tokens beyond the grid's, which pad it, are not summed.
     """
     head_first, head_last, product = feature_maps.head_first, feature_maps.head_last, feature_maps.product
     phi_q, phi_k = (head_first(x) for x in feature_maps.apply_pair(phi, q, k, spec.feature_map))
-    keep = linear_mask(grid, spec.rate, spec.pattern) if spec.kind == "hybrid" else jnp.ones(q.shape[1])
-    keep = jnp.asarray(keep, v.dtype)
+    keep = jnp.asarray(linear_keys(grid, spec, k.shape[1]), v.dtype)
     state = product("hbnf,hbnd->hbfd", phi_k, head_first(v) * keep[:, None])
     # Sums, not products with a vector: they are fused with what reads φ, which else is first written out in float32.
     normaliser = (phi_k.astype(jnp.float32) * keep.astype(jnp.float32)[:, None]).sum(axis=2)

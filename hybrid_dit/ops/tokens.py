@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from hybrid_dit.ops.spec import AttentionSpec
+
 Grid = tuple[int, int, int]
 
 
@@ -28,3 +30,16 @@ def linear_mask(grid: Grid, rate: int, pattern: str) -> np.ndarray:
     mask = np.ones(math.prod(grid), np.float32)
     mask[softmax_tokens(grid, rate, pattern)] = 0.0
     return mask
+
+
+def linear_keys(grid: Grid, spec: AttentionSpec, length: int) -> np.ndarray:
+    """Returns 1.0 for the keys of the linear part and 0.0 for the others, float32 [length].
+
+    Args:
+        grid: of the tokens.
+        spec: of hybrid or linear attention (whose linear part has all tokens of the grid).
+        length: number of tokens, with those that pad the grid's so that devices divide them.
+    """
+    n = math.prod(grid)
+    mask = linear_mask(grid, spec.rate, spec.pattern) if spec.kind == "hybrid" else np.ones(n, np.float32)
+    return np.pad(mask, (0, length - n))
