@@ -141,18 +141,17 @@ import torch
 import hybrid_dit.torch
 assert not {"jax", "flax", "diffusers"} & sys.modules.keys(), "import hybrid_dit.torch imports more than torch"
 torch.set_num_threads(1)
-model = hybrid_dit.torch.load_hybrid(sys.argv[1])
+whole, model = (hybrid_dit.torch.load_hybrid(sys.argv[1]) for _ in range(2))
 assert "jax" not in sys.modules
 args = torch.load(sys.argv[2])
+del whole.blocks[1]  # for one graph a second block costs time and shows nothing that it doesn't show below
 with torch.no_grad():
-    want = [model(*inputs).sample for inputs in args]
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    want = [whole(*inputs).sample for inputs in args]
+    compiled = torch.compile(whole, backend="eager", fullgraph=True)
     hybrid_dit.torch.options.compile = True  # as on CUDA: inside a compiled model nothing is compiled on its own
     for inputs, expected in zip(args, want):
         error = (compiled(*inputs).sample - expected).norm() / expected.norm()
         assert error <= 1e-6, error
-    hybrid_dit.torch.options.compile = False
-    torch.compiler.reset()
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
     for inputs in args:
         print(float(model(*inputs).sample.double().sum()))
