@@ -90,6 +90,16 @@ def test_both_sides_know_the_same_names():
     assert set(ACTIVATIONS) == torch_maps.ACTIVATIONS.keys() == jax_maps._ACTIVATIONS.keys()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_agree_far_out(activation):
+    """Where softplus is linear, exp reaches its bound of e^12, and elu ends at 0."""
+    y = np.linspace(-30, 30, 121, dtype=np.float32)
+    got = torch_maps.ACTIVATIONS[activation](torch.tensor(y)).numpy()
+    want = np.asarray(jax_maps._ACTIVATIONS[activation].function(y))
+    # A few roundings of unit 2^-24; e^y magnifies that of y by |y| <= 12; elu + 1 near 0 is a difference of ones.
+    np.testing.assert_allclose(got, want, rtol=16 * 2.0**-24, atol=2 * 2.0**-24)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("label", ALL_LABELS)
 def test_half_precision_stays_within_its_rounding(label, dtype):
