@@ -119,7 +119,7 @@ def inputs(n, device, dtype):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, n, HEADS, HEAD_DIM, device=device, dtype=dtype) for _ in range(3))
     shapes = feature_maps.parameter_shapes(HEADS, HEAD_DIM, from_label("linear").feature_map)
-    phi = {x: {name: torch.zeros(shape, device=device) for name, shape in shapes.items()} for x in "qk"}
+    phi = {x: {name: torch.zeros(shape, device=device) for name, shape in shapes[x].items()} for x in "qk"}
     for params in phi.values():
         for name in ("w0", "w1"):
             params[name].normal_(std=params[name].shape[1] ** -0.5)

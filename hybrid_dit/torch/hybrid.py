@@ -26,7 +26,7 @@ def attention(
         q: queries after qk-norm and RoPE, [b, n, h, d].
         k: keys, likewise.
         v: values, likewise.
-        phi: parameters of the feature maps, {"q": ..., "k": ...}; ignored by softmax attention.
+        phi: parameters of the feature maps, {"q": ..., "k": ...}; ignored by softmax attention, "k" by a shared map.
         spec: what to compute.
         grid: frames, rows, columns of the token grid; their product is n.
     """
@@ -41,7 +41,7 @@ def attention(
     state_of, finish_with = _state, _finish
     if compiles(q):
         state_of, finish_with = compiled(_state), compiled(_finish)
-    state, normaliser = state_of(k, v, phi["k"], keep, spec.feature_map)
+    state, normaliser = state_of(k, v, feature_maps.of_keys(phi, spec.feature_map), keep, spec.feature_map)
     return finish_with(q, out, weight, phi["q"], state, normaliser, spec.feature_map)
 
 
@@ -79,19 +79,19 @@ def _on_device(function, grid, rate, pattern, device):
 def _state(k, v, params, keep, spec) -> tuple[Tensor, Tensor]:
     """The sums over L of φ_k(k_j)ᵀ v_j [h, b, f, d] and of φ_k(k_j) [h, b, f], float32.
 
-    One product gives both: v gets `keep` as a further column. (float16 overflows at 65,504, so sums of it are taken in
-    bfloat16.) The sum over tokens is cut into pieces, each accumulated in float32 by the product, added up in float32.
+    One product gives both: v gets `keep` as a further column. The sum over tokens is cut into pieces, each accumulated
+    in float32 by the product, added up in float32.
     """
     b, n, h, d = k.shape
     phi = feature_maps.apply(params, k.permute(2, 0, 1, 3).reshape(h, b * n, d), spec)
-    work = _work_dtype(k.dtype)
+    work = phi.dtype
     ones = torch.ones(n, dtype=work, device=v.device) if keep is None else keep.to(work)
     column = ones[:, None, None].expand(b, n, h, 1)
     padding = torch.zeros((), dtype=work, device=v.device).expand(b, n, h, 7)  # rows of 16 bytes' multiples
     masked = torch.cat([v.to(work) * ones[:, None, None], column, padding], dim=-1)
     pieces = next(s for s in range(SPLITS, 0, -1) if n % s == 0)
     masked = masked.permute(2, 0, 1, 3).reshape(h * b * pieces, n // pieces, d + 8)
-    phi = phi.to(work).reshape(h * b * pieces, n // pieces, -1)
+    phi = phi.reshape(h * b * pieces, n // pieces, -1)
     sums = torch.bmm(phi.transpose(1, 2), masked).float().unflatten(0, (h, b, pieces)).sum(dim=2)
     return sums[..., :d], sums[..., d]
 
@@ -100,15 +100,10 @@ def _finish(q, out, weight, params, state, normaliser, spec) -> Tensor:
     """The linear sums of every query, and Eq. 5 from all sums: [b, n, h, d] in the dtype of `q`."""
     b, n, h, d = q.shape
     phi = feature_maps.apply(params, q.permute(2, 0, 1, 3).reshape(h, b * n, d), spec).unflatten(1, (b, n))
-    work = _work_dtype(q.dtype)
     denominator = (phi.float() * normaliser[:, :, None]).sum(dim=-1).permute(1, 2, 0)
-    numerator = torch.matmul(phi.to(work), state.to(work)).float().permute(1, 2, 0, 3)
+    numerator = torch.matmul(phi, state.to(phi.dtype)).float().permute(1, 2, 0, 3)
     if out is not None:
         weight = torch.ones((), device=q.device) if weight is None else weight.transpose(1, 2)
         numerator = numerator + out.transpose(1, 2).float() * weight[..., None]
         denominator = denominator + weight
     return (numerator / denominator.clamp_min(TINY)[..., None]).to(q.dtype).contiguous()
-
-
-def _work_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.bfloat16 if dtype == torch.float16 else dtype

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
+from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid
 from hybrid_dit.torch import feature_maps
 from hybrid_dit.torch.hybrid import attention
@@ -12,9 +12,9 @@ from hybrid_dit.torch.hybrid import attention
 class FeatureMap(nn.Module):
     """Parameters of one map, φ_q or φ_k."""
 
-    def __init__(self, heads: int, head_dim: int, spec: FeatureMapSpec):
+    def __init__(self, shapes: feature_maps.Shapes):
         super().__init__()
-        for name, shape in feature_maps.parameter_shapes(heads, head_dim, spec).items():
+        for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def forward(self) -> dict[str, Tensor]:
@@ -23,13 +23,16 @@ class FeatureMap(nn.Module):
 
 
 class FeatureMaps(nn.Module):
-    """φ_q and φ_k of one block, and its attention; stored as `blocks.{i}.feature_map.{q,k}.{w,b}{layer}`."""
+    """φ_q and φ_k of one block, and its attention; stored as `blocks.{i}.feature_map.{q,k}.{w,b}{layer}`.
+
+    A shared map is stored as q; k has no parameters then.
+    """
 
     def __init__(self, heads: int, head_dim: int, spec: AttentionSpec):
         super().__init__()
         self.spec = spec
-        self.q = FeatureMap(heads, head_dim, spec.feature_map)
-        self.k = FeatureMap(heads, head_dim, spec.feature_map)
+        shapes = feature_maps.parameter_shapes(heads, head_dim, spec.feature_map)
+        self.q, self.k = FeatureMap(shapes["q"]), FeatureMap(shapes["k"])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """q, k (after qk-norm and RoPE) and v, each [b, n, h, d] -> [b, n, h, d]."""
@@ -37,7 +40,7 @@ class FeatureMaps(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"{self.spec.label}, {self.spec.pattern}, {self.spec.feature_map.kind}, {self.spec.stabiliser}"
+        return f"{self.spec.label}, {self.spec.pattern}, {self.spec.stabiliser}, {self.spec.feature_map}"
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

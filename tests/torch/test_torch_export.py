@@ -95,7 +95,7 @@ def test_a_hybrid_is_found_in_its_pipeline(tmp_path):
     description.write_description(tmp_path / "transformer", every_kind())
     for folder in (tmp_path, tmp_path / "transformer"):
         assert export.find_transformer(folder) == tmp_path / "transformer"
-    assert export.read_attention(tmp_path / "transformer", 5) == every_kind()
+    assert export.read_attention(tmp_path / "transformer", 4) == every_kind()
 
 
 @pytest.mark.parametrize(
@@ -113,4 +113,4 @@ def test_what_this_side_cannot_compute_is_refused(change, message, tmp_path):
         change(block)
     path.write_text(json.dumps(value))
     with pytest.raises(UserError, match=message):
-        export.read_attention(tmp_path, 5)
+        export.read_attention(tmp_path, 4)

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hybrids import LABELS, relative_error
+from hybrids import PAPER, relative_error
 
 from hybrid_dit.errors import UserError
 from hybrid_dit.ops import feature_maps as jax_maps
 from hybrid_dit.ops.hybrid import attention as jax_attention
-from hybrid_dit.ops.spec import PATTERNS, STABILISERS, FeatureMapSpec, from_label
+from hybrid_dit.ops.spec import ACTIVATIONS, PATTERNS, STABILISERS, FeatureMapSpec, from_label
 from hybrid_dit.torch import attention, softmax
+from hybrid_dit.torch import feature_maps as torch_maps
 from hybrid_dit.torch.options import options
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
@@ -22,13 +23,14 @@ import oracle  # noqa: E402
 
 GRID, B, H, D = (3, 5, 7), 2, 2, 8  # 105 tokens: odd, divisible by no rate
 N = 105
+ALL_LABELS = ("softmax", "R2", "R4", "R8", "linear")
 
 
-def inputs(feature_map="poly", seed=0):
+def inputs(maps=PAPER, seed=0):
     """q, k, v and parameters of maps, float32; biases and all weights are random, so that each is seen to be used."""
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((B, N, H, D)).astype(np.float32) for _ in range(3))
-    shapes = jax.eval_shape(lambda: jax_maps.init(jax.random.key(0), H, D, FeatureMapSpec(feature_map)))
+    shapes = jax.eval_shape(lambda: jax_maps.init(jax.random.key(0), H, D, maps))
     phi = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32) * 0.3, shapes)
     return q, k, v, phi
 
@@ -37,26 +39,69 @@ def to_torch(tree, dtype=torch.float32):
     return jax.tree.map(lambda x: torch.tensor(x, dtype=dtype), tree)
 
 
+def check(spec, q, k, v, phi):
+    with torch.no_grad():
+        out = attention(*to_torch((q, k, v, phi)), spec=spec, grid=GRID)
+    assert out.dtype == torch.float32 and out.is_contiguous()
+    exact = oracle.attention(oracle.Point(*oracle.float64((q, k, v, phi))), spec, GRID)
+    assert relative_error(out, exact) <= 5e-6
+    assert relative_error(out, jax_attention(q, k, v, phi, spec=spec, grid=GRID)) <= 1e-5
+
+
 @pytest.mark.parametrize("feature_map", jax_maps.FEATURE_MAPS)
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", ALL_LABELS)
 def test_equals_jax_and_the_oracle(label, feature_map):
-    q, k, v, phi = inputs(feature_map)
+    maps = FeatureMapSpec(feature_map)
+    arrays = inputs(maps)
     for pattern in PATTERNS:
         for stabiliser in STABILISERS:
-            maps = FeatureMapSpec(feature_map)
-            spec = from_label(label, pattern=pattern, stabiliser=stabiliser, feature_map=maps)
-            with torch.no_grad():
-                out = attention(*to_torch((q, k, v, phi)), spec=spec, grid=GRID)
-            assert out.dtype == torch.float32 and out.is_contiguous()
-            exact = oracle.attention(oracle.Point(*oracle.float64((q, k, v, phi))), spec, GRID)
-            assert relative_error(out, exact) <= 5e-6
-            assert relative_error(out, jax_attention(q, k, v, phi, spec=spec, grid=GRID)) <= 1e-5
+            check(from_label(label, pattern=pattern, stabiliser=stabiliser, feature_map=maps), *arrays)
             if label in ("softmax", "linear"):
                 return
 
 
+@pytest.mark.parametrize("kind", jax_maps.FEATURE_MAPS)
+def test_a_shared_map_equals_jax_and_the_oracle(kind):
+    maps = FeatureMapSpec(kind, shared=True)
+    *qkv, phi = inputs(maps)
+    assert phi["k"] == {}
+    check(from_label("R4", feature_map=maps), *qkv, phi)
+
+
+# One layer has no hidden width; P·D is 16 and 24 here.
+@pytest.mark.parametrize("degree, layers, hidden", [(2, 1, 5), (2, 2, 5), (3, 3, 40)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_hidden_widths_and_activations_equal_jax_and_the_oracle(activation, degree, layers, hidden):
+    maps = FeatureMapSpec(degree=degree, layers=layers, hidden=hidden, activation=activation)
+    check(from_label("R4", feature_map=maps), *inputs(maps))
+
+
+@pytest.mark.parametrize("kind", jax_maps.FEATURE_MAPS)
+def test_shapes_of_parameters_are_those_of_jax(kind):
+    for sizes in ({}, {"shared": True}, {"layers": 1, "hidden": 5}, {"degree": 3, "layers": 3, "hidden": 5}):
+        spec = FeatureMapSpec(kind, **sizes)
+        params = jax.eval_shape(lambda spec=spec: jax_maps.init(jax.random.key(0), H, D, spec))
+        shapes = {x: {name: array.shape for name, array in params[x].items()} for x in "qk"}
+        assert torch_maps.parameter_shapes(H, D, spec) == shapes
+
+
+def test_both_sides_know_the_same_names():
+    assert torch_maps.FEATURE_MAPS.keys() == jax_maps.FEATURE_MAPS.keys()
+    assert set(ACTIVATIONS) == torch_maps.ACTIVATIONS.keys() == jax_maps._ACTIVATIONS.keys()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_agree_far_out(activation):
+    """Where softplus is linear, exp reaches its bound of e^12, and elu ends at 0."""
+    y = np.linspace(-30, 30, 121, dtype=np.float32)
+    got = torch_maps.ACTIVATIONS[activation](torch.tensor(y)).numpy()
+    want = np.asarray(jax_maps._ACTIVATIONS[activation].function(y))
+    # A few roundings of unit 2^-24; e^y magnifies that of y by |y| <= 12; elu + 1 near 0 is a difference of ones.
+    np.testing.assert_allclose(got, want, rtol=16 * 2.0**-24, atol=2 * 2.0**-24)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", ALL_LABELS)
 def test_half_precision_stays_within_its_rounding(label, dtype):
     """Against the oracle on the same 16-bit inputs: a few roundings on the way (features, state, output)."""
     q, k, v, phi = to_torch(inputs(), dtype)
@@ -71,23 +116,37 @@ def test_half_precision_stays_within_its_rounding(label, dtype):
 
 def test_float16_sums_do_not_overflow():
     """105 tokens of value 1,000 and features about 1 sum up beyond float16's 65,504."""
-    q, k, v, phi = to_torch(inputs("elu"), torch.float16)
+    q, k, v, phi = to_torch(inputs(FeatureMapSpec("elu")), torch.float16)
     spec = from_label("linear", feature_map=FeatureMapSpec("elu"))
     out = attention(q, k, torch.full_like(v, 1000.0), phi, spec=spec, grid=GRID)
     assert (out.float() / 1000 - 1).abs().max() <= 3 * 2.0**-8
 
 
-@pytest.mark.parametrize("stabiliser", STABILISERS)
-def test_gradient_equals_that_of_jax(stabiliser):
-    """c_i is held fixed in it, for both stabilisers."""
-    q, k, v, phi = inputs()
-    spec = from_label("R4", stabiliser=stabiliser)
+def test_float16_features_do_not_overflow():
+    """exp is bounded by e^12 = 162,755, more than float16's 65,504; equal features weigh all values equally."""
+    spec = from_label("linear", feature_map=FeatureMapSpec(degree=1, layers=1, activation="exp"))
+    q, k, v, phi = to_torch(inputs(spec.feature_map), torch.float16)
+    for params in phi.values():
+        params["w0"].zero_(), params["b0"].fill_(20.0)
+    out = attention(q, k, torch.ones_like(v), phi, spec=spec, grid=GRID)
+    assert (out.float() - 1).abs().max() <= 3 * 2.0**-8
+
+
+# Both stabilisers (c_i is held fixed) and, with a map that q and k share, the gradient that is the sum of both sides'.
+@pytest.mark.parametrize(
+    "stabiliser, maps",
+    [("max", PAPER), ("lse", FeatureMapSpec(hidden=5, activation="elu", shared=True))],
+    ids=STABILISERS,
+)
+def test_gradient_equals_that_of_jax(stabiliser, maps):
+    q, k, v, phi = inputs(maps)
+    spec = from_label("R4", stabiliser=stabiliser, feature_map=maps)
     weight = np.random.default_rng(5).standard_normal(q.shape).astype(np.float32)
 
     def loss(*args):
         return jnp.sum(jax_attention(*args, spec=spec, grid=GRID) * weight)
 
-    want = jax.tree.leaves(jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, phi))
+    want = jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, phi))
     args = jax.tree.map(lambda x: x.requires_grad_(), to_torch((q, k, v, phi)))
     (attention(*args, spec=spec, grid=GRID) * torch.tensor(weight)).sum().backward()
     for got, expected in zip(jax.tree.leaves(args), want):
