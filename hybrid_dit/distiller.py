@@ -131,7 +131,7 @@ class Distiller:
         rows, tokens = self._rows(batch), math.prod(self.wan.grid(latent_shape))
         rows = rows.stop - rows.start
         videos = rows // ways(self.mesh, self._place.data(rows))
-        tokens = padded(tokens, self.mesh.shape[SEQ]) // self.mesh.shape[SEQ]
+        tokens = padded(tokens, ways(self.mesh, (BLOCK, SEQ))) // self.mesh.shape[SEQ]
         blocks = self.padded_blocks // self.mesh.shape[BLOCK]
         return blocks * videos * tokens * self.wan.dim * jnp.dtype(self.dtype).itemsize
 
@@ -159,7 +159,7 @@ class Distiller:
 
     def denoise(self, dit, x, i, context, key) -> jax.Array:
         """The teacher's part of `step` alone: latents at level i + 1."""
-        attend = self._place.over_queries(softmax_attention, (BLOCK, SEQ))
+        attend = self._place.over_queries(softmax_attention, (BLOCK, SEQ), math.prod(self.wan.grid(x.shape)))
 
         def body(tokens, xs, conditions):
             return self._block(xs[0], tokens, conditions, lambda q, k, v: (attend(q, k, v), ()))[0], ()
@@ -202,7 +202,7 @@ class Distiller:
     def _stacked(self, state, dit, x, i, context, train):
         rows, grid = self._rows(len(x)), self.wan.grid(x.shape)
         groups = self.mesh.shape[BLOCK]
-        attend = self._place.over_queries(softmax_attention, (BLOCK, SEQ))
+        attend = self._place.over_queries(softmax_attention, (BLOCK, SEQ), math.prod(grid))
 
         def body(tokens, xs, conditions):
             out, _ = self._block(xs[0], tokens, conditions, lambda q, k, v: (attend(q, k, v), ()))
@@ -268,10 +268,13 @@ class Distiller:
         dtype = jnp.dtype(self.dtype)
         ends = {name: jax.tree.map(self._place.whole, part) for name, part in dit.items() if name != "blocks"}
         embed = WanEmbedding(self.wan, dtype)
-        tokens, time, conditions = embed.apply({"params": ends}, jnp.concatenate([x, x]), t, *both)
-        tokens = self._place.split(tokens, (BLOCK, SEQ))
+        tokens, time, (*conditions, rope) = embed.apply({"params": ends}, jnp.concatenate([x, x]), t, *both)
+        # Padded once: an array whose tokens the devices don't divide ends up whole on all of them.
+        n = tokens.shape[1]
+        tokens = self._place.split(self._place.pad(tokens, 1, (BLOCK, SEQ)), (BLOCK, SEQ))
+        conditions = (*conditions, jax.tree.map(lambda a: self._place.pad(a, 0, (BLOCK, SEQ)), rope))
         tokens, out = jax.lax.scan(partial(body, conditions=conditions), tokens, (dit["blocks"], xs))
-        velocity = WanHead(self.wan, dtype).apply({"params": ends}, tokens, time, self.wan.grid(x.shape))
+        velocity = WanHead(self.wan, dtype).apply({"params": ends}, tokens[:, :n], time, self.wan.grid(x.shape))
         cond, uncond = jnp.split(velocity, 2)
         return uncond + self.guidance * (cond - uncond), out, conditions
 
@@ -289,15 +292,13 @@ class Distiller:
     def _nested(self, grid, axes=(BLOCK, SEQ)):
         """Attention for `_block` that keeps q, k, v, its output and the softmax sums of all rates."""
         hybrid = {label: spec for label, spec in self.specs.items() if spec.kind == "hybrid"}
-        run = self._place.over_queries(partial(nested_sums, specs=hybrid, grid=grid), axes)
+        run = self._place.over_queries(partial(nested_sums, specs=hybrid, grid=grid), axes, math.prod(grid))
 
         def attend(q, k, v):
-            # Padded, so that devices divide the tokens: an array that they don't divide ends up whole on all of them.
-            n = q.shape[1]
-            q, k, v = (self._place.pad_and_split(x, axes) for x in (q, k, v))
-            y, sums = run(q, k[:, :n], v[:, :n])
+            q, k, v = (self._place.split(x, axes) for x in (q, k, v))
+            y, sums = run(q, k, v)
             zero = jnp.zeros(())
-            return y[:, :n], (q, k, v, y, {label: sums.get(label, (zero, zero)) for label in self.specs})
+            return y, (q, k, v, y, {label: sums.get(label, (zero, zero)) for label in self.specs})
 
         return attend
 

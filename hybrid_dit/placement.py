@@ -33,32 +33,40 @@ class Placement:
         """[b, n, ...]: videos over the data axis where that divides, tokens over `axes`."""
         return self._constrain(tokens, self.data(len(tokens)), axes)
 
-    def pad_and_split(self, tokens: Array, axes: tuple[str, ...]) -> Array:
-        """As `split`, after appending zeros until the devices divide the tokens."""
-        missing = -tokens.shape[1] % ways(self.mesh, axes)
-        return self.split(jnp.pad(tokens, ((0, 0), (0, missing), *((0, 0),) * (tokens.ndim - 2))), axes)
+    def pad(self, x: Array, axis: int, axes: tuple[str, ...]) -> Array:
+        """Appends zeros along `axis` until the devices of the mesh's `axes` divide its length."""
+        width = [(0, 0)] * x.ndim
+        width[axis] = 0, -x.shape[axis] % ways(self.mesh, axes)
+        return jnp.pad(x, width)
 
     def data(self, videos: int) -> str | None:
         """The axis that this many videos are split over, None if they don't divide."""
         return AXIS if videos % self.mesh.shape[AXIS] == 0 else None
 
-    def over_queries(self, attend: Callable, axes: tuple[str, ...]) -> Callable:
-        """`attend(q, k, v)` with queries split over `axes` and every device holding all keys of its videos."""
+    def over_queries(self, attend: Callable, axes: tuple[str, ...], keys: int) -> Callable:
+        """`attend(q, k, v)` with queries split over `axes` and every device holding all keys of its videos.
+
+        Args:
+            attend: gets the first `keys` keys and values, without those that pad them.
+            axes: of the mesh; their devices divide the queries.
+            keys: number of keys.
+        """
+
+        def run(q, k, v):
+            return attend(q, k[:, :keys], v[:, :keys])
+
         if self.mesh.size == 1:
-            return attend
-        shards = ways(self.mesh, axes)
+            return run
 
         def run_split(q, k, v):
-            n, data = q.shape[1], self.data(len(q))
-            q = jnp.pad(q, ((0, 0), (0, -n % shards), (0, 0), (0, 0)))
-            run = jax.shard_map(
-                attend,
+            data = self.data(len(q))
+            return jax.shard_map(
+                run,
                 mesh=self.mesh,
                 in_specs=(PartitionSpec(data, axes), PartitionSpec(data), PartitionSpec(data)),
                 out_specs=PartitionSpec(data, axes),
                 check_vma=False,
-            )
-            return jax.tree.map(lambda a: a[:, :n], run(q, k, v))
+            )(q, k, v)
 
         return run_split
 
