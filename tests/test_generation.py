@@ -98,8 +98,8 @@ def test_one_program_per_attention_whatever_the_parameters(pipeline, monkeypatch
     traces = []
     original = generation.make_velocity
 
-    def counting(wan, attention, dtype):
-        velocity = original(wan, attention, dtype)
+    def counting(wan, attention, *numerics):
+        velocity = original(wan, attention, *numerics)
 
         def wrapped(*args):
             traces.append(attention)
