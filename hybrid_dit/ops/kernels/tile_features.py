@@ -3,12 +3,18 @@
 Twins of `ops.feature_maps` on two dimensions. A map without a twin here is not fused: attention with it runs on XLA.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 
 from hybrid_dit.array_typing import Array, PyTree
 from hybrid_dit.ops import feature_maps
 from hybrid_dit.ops.spec import FeatureMapSpec
+
+LOG2E = math.log2(math.e)
+GELU = math.sqrt(2 / math.pi)
 
 
 def fits(spec: FeatureMapSpec) -> bool:
@@ -55,13 +61,31 @@ def _poly(params, x, spec):
     y = x
     for i in range(spec.layers):
         if i > 0:
-            y = jax.nn.gelu(y).astype(x.dtype)
+            y = _gelu(y).astype(x.dtype)
         y = dot(y, params[f"w{i}"]) + params[f"b{i}"]
-    psi = feature_maps.activation(spec.activation)(y)
-    features, column = psi, jax.lax.broadcasted_iota(jnp.int32, (1, psi.shape[1]), 1)
-    for p in range(1, spec.degree):
-        features = jnp.where(column >= p * (psi.shape[1] // spec.degree), features * psi, features)
-    return features
+    exact = spec.activation != "softplus" or x.dtype == jnp.float32
+    psi = feature_maps.activation(spec.activation)(y) if exact else _softplus(y)
+    slices = jnp.split(psi, spec.degree, axis=1)  # whole columns of lanes: neither this nor joining them moves anything
+    return jnp.concatenate([functools.reduce(jnp.multiply, [x] * p) for p, x in enumerate(slices, 1)], axis=1)
+
+
+# The vector unit is what φ waits for, so its operations are counted: 7 and 8 where XLA's forms take 9 and about 16.
+
+
+def _gelu(y):
+    """The tanh form, as `jax.nn.gelu`."""
+    half = 0.5 * y
+    return half + half * jnp.tanh(y * (GELU + 0.044715 * GELU * (y * y)))
+
+
+def _softplus(y):
+    """log(1 + exp(y)) to a relative error of 2^-11, a quarter of what rounding it to bfloat16 costs at most.
+
+    It is max(y, 0) + log(1 + e) with e = exp(−|y|) <= 1. Below 2^-10 the logarithm is e (off by e / 2); above, rounding
+    1 + e costs at most 2^-14.
+    """
+    e = jnp.exp2(-LOG2E * jnp.abs(y))
+    return jnp.maximum(y, 0.0) + jnp.where(e < 2.0**-10, e, jnp.log(1.0 + e))
 
 
 def _elu(params, x, spec):

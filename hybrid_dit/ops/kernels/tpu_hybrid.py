@@ -11,7 +11,6 @@ tokens: tiles that reach past the end are masked, nothing is padded in memory.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +19,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from hybrid_dit.array_typing import Array, DTypeLike, Float, PyTree
 from hybrid_dit.ops.kernels import tile_features
-from hybrid_dit.ops.kernels.tile_features import dot
+from hybrid_dit.ops.kernels.tile_features import LOG2E, dot
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid, softmax_tokens
 
 TINY = 1e-18  # as in `ops.hybrid`
 LANES = 128
-LOG2E = math.log2(math.e)
+ONES = 16  # rows of a register of 16-bit numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _compiler_params(blocks: Blocks, *semantics: str) -> pltpu.CompilerParams:
 def _state(k, v, params, heads, spec, grid, blocks, interpret):
     """Σ v_j φ_k(k_j)ᵀ over L [b, h, parts, d, f], the sum of parts of the inputs' dtype, and Σ φ_k(k_j) [b, h, 1, f].
 
-    Transposed, so that v and not the wider φ_k(k) is what is transposed on the way into the matrix unit.
+    Transposed, since v is narrower than φ_k(k), the other candidate for a transpose on the way into the matrix unit.
     """
     b, n, d = k.shape[0], k.shape[1], k.shape[2] // heads
     f = tile_features.width(spec.feature_map, d)
@@ -176,13 +175,31 @@ def _state_kernel(k_ref, v_ref, params, state_ref, normaliser_ref, *, spec, grid
         state_ref[...] = jnp.zeros_like(state_ref)
         normaliser_ref[...] = jnp.zeros_like(normaliser_ref)
 
-    token = t * k_ref.shape[0] + jax.lax.broadcasted_iota(jnp.int32, (k_ref.shape[0], 1), 0)
-    # Past the end lies whatever was in memory, NaN perhaps: it is replaced, not multiplied by zero.
-    v = jnp.where(token < n, v_ref[...], 0.0)
-    phi = tile_features.apply(_read(params), k_ref[...], spec.feature_map)
-    phi = jnp.where((token < n) & _in_linear(token, spec, grid), phi, 0.0)
-    state_ref[...] += dot(v, phi, contract=(0, 0))
-    normaliser_ref[...] += phi.astype(jnp.float32).sum(axis=0, keepdims=True)
+    size, d = k_ref.shape
+    k = k_ref[...]
+    if n % size:
+        k = _zeros_past_end(k, t * size, n, used=n % size // ONES * ONES)
+    phi = tile_features.apply(_read(params), k, spec.feature_map)
+    # Tokens along lanes, where a mask is a few registers wide; a row of ones beside v makes the normaliser a product.
+    token = t * size + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+    keep = (token < n) & _in_linear(token, spec, grid)
+    ones = jnp.ones((ONES, size), phi.dtype)
+    sums = dot(jnp.where(keep, jnp.concatenate([v_ref[...].T, ones]), 0.0), phi)
+    state_ref[...] += sums[:d]
+    normaliser_ref[...] += sums[d : d + 1]
+
+
+def _zeros_past_end(x: Array, start: Array, n: int, used: int) -> Array:
+    """Rows `start`... of n, with those past the end, where lies whatever was in memory (NaN perhaps), made zero.
+
+    Args:
+        x: the rows.
+        start: of the first.
+        n: how many there are in all.
+        used: a number of rows of `x` that are there wherever it starts.
+    """
+    row = start + used + jax.lax.broadcasted_iota(jnp.int32, (x.shape[0] - used, 1), 0)
+    return jnp.concatenate([x[:used], jnp.where(row < n, x[used:], 0.0)])
 
 
 def _in_linear(token: Array, spec: AttentionSpec, grid: Grid) -> Array:
@@ -281,9 +298,10 @@ def _softmax_step(q_ref, k_ref, v_ref, sum_ref, top_ref, weight_ref, *, m, chunk
         s = dot(q_ref[...], k_ref[start : start + size, :], contract=(1, 1))
         v = v_ref[start : start + size, :]
         if start + size > width - unused:
-            key = step * width + start + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
-            row = step * width + start + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-            s, v = jnp.where(key < m, s, -jnp.inf), jnp.where(row < m, v, 0.0)
+            used = max(width - unused - start, 0) // LANES * LANES  # columns before this one exist in every tile
+            key = step * width + start + used + jax.lax.broadcasted_iota(jnp.int32, (1, size - used), 1)
+            s = jnp.concatenate([s[:, :used], jnp.where(key < m, s[:, used:], -jnp.inf)], axis=1)
+            v = _zeros_past_end(v, step * width + start, m, used)
         before = top_ref[...]
         top = jnp.maximum(before, s.max(axis=1, keepdims=True))
         shrink = jnp.exp2((before - top) * scale)
