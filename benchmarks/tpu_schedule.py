@@ -45,7 +45,7 @@ CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x
 UNIT = {"v5e": (128, 2**17), "v5p": (128, 2**17), "v6e": (256, 2**19)}  # width U, FLOPs per cycle of a core
 LABELS = ("R1", "R2", "R4", "R8", "linear")
 # (queries, keys in memory, keys at a time) of splash attention; the best of them is what we are held against.
-SPLASH = ((1024, 2048, 512), (1024, 2048, 1024), (2048, 2048, 512))
+SPLASH = ((1024, 2048, 512), (1024, 2048, 1024), (2048, 2048, 512), (2048, 2048, 1024), (2048, 4096, 1024))
 BRANCH = re.compile(r"sbr\.rel")
 BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:((?: >)*)")
 

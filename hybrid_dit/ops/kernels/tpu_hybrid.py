@@ -48,7 +48,7 @@ class Blocks:
 
 
 # By generation, as in `hybrid_dit.targets`.
-BLOCKS = {"v5e": Blocks(), "v5p": Blocks(), "v6e": Blocks(chunk=1024), "tpu7x": Blocks(chunk=1024)}
+BLOCKS = {"v5e": Blocks(), "v5p": Blocks(), "v6e": Blocks(queries=2048, chunk=1024), "tpu7x": Blocks(chunk=1024)}
 _KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
 
 
