@@ -66,10 +66,10 @@ def _text_encoder(config: UMT5Config) -> Callable[..., Array]:
 
 
 def make_velocity(
-    wan: WanConfig, attention: tuple[AttentionSpec, ...] = (), dtype: DTypeLike = jnp.float32
+    wan: WanConfig, attention: tuple[AttentionSpec, ...] = (), dtype: DTypeLike = jnp.float32, backend: str = "auto"
 ) -> Callable[..., Array]:
     """Returns velocity(params, x, t, (text, count)) for `hybrid_dit.sampling`."""
-    model = WanDiT(wan, attention, dtype)
+    model = WanDiT(wan, attention, dtype, backend=backend)
 
     def velocity(params, x, t, context):
         return model.apply({"params": params}, x, t, *context)
@@ -104,7 +104,15 @@ class Generator:
     Both methods return seconds without compilation, so that no separate warm-up is needed to compare models.
     """
 
-    def __init__(self, pipeline: Pipeline, sampler: str, num_steps: int, guidance: float, dtype: DTypeLike):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        sampler: str,
+        num_steps: int,
+        guidance: float,
+        dtype: DTypeLike,
+        backend: str = "auto",
+    ):
         """Prepares sampling with a pipeline's sizes, VAE and timestep shift; its DiT parameters are not used.
 
         Args:
@@ -113,8 +121,9 @@ class Generator:
             num_steps: denoising steps.
             guidance: scale; 1 evaluates the conditional branch alone.
             dtype: of the DiT's activations.
+            backend: of its self-attention, see `ops.backends`.
         """
-        self.wan, self.guidance, self.dtype = pipeline.wan, guidance, jnp.dtype(dtype)
+        self.wan, self.guidance, self.dtype, self.backend = pipeline.wan, guidance, jnp.dtype(dtype), backend
         self.sampler = make_sampler(sampler, num_steps, pipeline.shift)
         self._runs: dict[tuple[AttentionSpec, ...], Callable[..., Array]] = {}
         self._decode = jax.jit(partial(decode_to_uint8, pipeline.vae))
@@ -148,7 +157,7 @@ class Generator:
             on_step: called with the number of finished steps.
         """
         if attention not in self._runs:
-            velocity = make_velocity(self.wan, attention, self.dtype)
+            velocity = make_velocity(self.wan, attention, self.dtype, self.backend)
             self._runs[attention] = stepwise(
                 velocity if self.guidance == 1 else guided(velocity, self.guidance), self.sampler
             )

@@ -57,6 +57,7 @@ class Trainer:
             mesh: from `sharding.data_mesh`.
         """
         self.cfg, self.seed, self.dtype = config.finetune, config.seed, jnp.dtype(config.model.compute_dtype)
+        self.backend = config.model.attention_backend
         self.wan, self.attention, self.shift, self.empty, self.mesh = wan, attention, shift, empty, mesh
         self.tx = optax.chain(
             optax.clip_by_global_norm(self.cfg.clip),
@@ -101,7 +102,7 @@ class Trainer:
         count = jnp.where(drop[:, None], self.empty.count, batch.count)
         tokens = len(batch.latents) * math.prod(self.wan.grid(batch.latents.shape)) // self.mesh.size
         remat = tokens * self.wan.dim * self.wan.num_layers > MAX_KEPT
-        model = WanDiT(self.wan, self.attention, self.dtype, remat)
+        model = WanDiT(self.wan, self.attention, self.dtype, remat, self.backend)
 
         def velocity(x, t):
             return model.apply({"params": params}, x, t, text, count)

@@ -98,8 +98,8 @@ def test_one_program_per_attention_whatever_the_parameters(pipeline, monkeypatch
     traces = []
     original = generation.make_velocity
 
-    def counting(wan, attention, dtype):
-        velocity = original(wan, attention, dtype)
+    def counting(wan, attention, *numerics):
+        velocity = original(wan, attention, *numerics)
 
         def wrapped(*args):
             traces.append(attention)
@@ -194,3 +194,11 @@ def test_long_file_names_are_cut_at_a_character(tmp_path):
     stem = generation.file_stem("猫" * 200, 12)
     assert stem == "猫" * ((255 - len("-12.mp4")) // 3) + "-12"
     (tmp_path / f"{stem}.mp4").touch()
+
+
+def test_the_backend_reaches_attention(pipeline):
+    generator = generation.Generator(pipeline, "euler", 4, 1.0, "float32", "gpus")
+    context = generation.text_context(pipeline, PROMPTS[:1])
+    noise = generation.noise_for(jax.random.key(0), shape_of(pipeline), [0])
+    with pytest.raises(UserError, match="attention backend 'gpus' is unknown"):
+        generator.denoise((), pipeline.dit, noise, context, context)

@@ -67,7 +67,8 @@ def measure(config, workdir: Path, prompts: list[str], folders: Mapping[str, Pat
     model, cfg = config.model, config.evaluate
     pipeline = load_pipeline(model.weights)
     shape = generation.latent_shape(pipeline.wan, pipeline.vae, model.frames, model.height, model.width)
-    generator = generation.Generator(pipeline, cfg.sampler, cfg.sample_steps, cfg.guidance, model.compute_dtype)
+    numerics = model.compute_dtype, model.attention_backend
+    generator = generation.Generator(pipeline, cfg.sampler, cfg.sample_steps, cfg.guidance, *numerics)
     stage = Stage(workdir, "evaluate", config)
     variants = load_variants(config, pipeline, folders)
     sampled = sample_all(config, generator, pipeline, variants, prompts, shape, stage.folder / "cache")

@@ -53,7 +53,8 @@ def run(config, workdir: Path) -> None:
     attention, params = pipeline.attention, pipeline.dit
     if tuned is not None:
         _, attention, params = load_transformer(tuned / "transformer")
-    generator = generation.Generator(pipeline, cfg.sampler, cfg.sample_steps, cfg.guidance, model.compute_dtype)
+    numerics = model.compute_dtype, model.attention_backend
+    generator = generation.Generator(pipeline, cfg.sampler, cfg.sample_steps, cfg.guidance, *numerics)
     Stage(workdir, stage, settings)
 
     texts = list(dict.fromkeys(prompt for _, prompt, _ in todo))

@@ -83,12 +83,14 @@ class WanDiT(nn.Module):
         attention: one `AttentionSpec` per block; empty means softmax everywhere (the teacher).
         dtype: of activations and matrix products; parameters, norms and modulation stay float32.
         remat: recompute each block in the backward pass instead of keeping its activations.
+        backend: of self-attention, see `ops.backends`.
     """
 
     config: WanConfig
     attention: tuple[AttentionSpec, ...] = ()
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    backend: str = "auto"
 
     @nn.compact
     def __call__(
@@ -127,7 +129,7 @@ class WanDiT(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, *(nn.broadcast,) * len(conditions)),
             length=cfg.num_layers,
-        )(cfg, distinct, grid, self.dtype, name="blocks")
+        )(cfg, distinct, grid, self.dtype, backend=self.backend, name="blocks")
         which = jnp.asarray([distinct.index(s) for s in specs], jnp.int32)
         x, _ = blocks(x, which, phi, *conditions)
         return head(x, time, grid)
@@ -220,6 +222,7 @@ class WanBlock(nn.Module):
     grid: Grid
     dtype: DTypeLike
     attend: Callable | None = None
+    backend: str = "auto"
 
     @nn.compact
     def __call__(self, x, which, phi, time6, text, text_bias, rope):
@@ -229,7 +232,8 @@ class WanBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation + time6, 6, axis=1)
 
         y = (layer_norm(x, cfg.eps) * (1 + scale1) + shift1).astype(self.dtype)
-        y = SelfAttention(cfg, self.specs, self.grid, self.dtype, self.attend, name="self_attn")(y, which, phi, rope)
+        attention_ = SelfAttention(cfg, self.specs, self.grid, self.dtype, self.attend, self.backend, name="self_attn")
+        y = attention_(y, which, phi, rope)
         x = (x.astype(jnp.float32) + y * gate1).astype(self.dtype)
 
         y = nn.LayerNorm(epsilon=cfg.eps, name="norm3", dtype=jnp.float32)(x).astype(self.dtype)
@@ -254,6 +258,7 @@ class SelfAttention(nn.Module):
     grid: Grid
     dtype: DTypeLike
     attend: Callable | None = None
+    backend: str = "auto"
 
     @nn.compact
     def __call__(self, x, which, phi, rope):
@@ -271,10 +276,8 @@ class SelfAttention(nn.Module):
 
     def _by_spec(self, q, k, v, which, phi):
         # Checkpointed, so that a switch keeps q, k, v for the backward pass and not every branch's internals.
-        branches = [
-            jax.checkpoint(lambda q, k, v, phi, spec=spec: attention(q, k, v, phi, spec=spec, grid=self.grid))
-            for spec in self.specs
-        ]
+        attend = partial(attention, grid=self.grid, backend=self.backend)
+        branches = [jax.checkpoint(partial(attend, spec=spec)) for spec in self.specs]
         return branches[0](q, k, v, phi) if len(branches) == 1 else jax.lax.switch(which, branches, q, k, v, phi)
 
 

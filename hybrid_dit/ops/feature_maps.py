@@ -161,6 +161,11 @@ _ACTIVATIONS = {
 }
 
 
+def activation(name: str) -> Callable[[Array], Array]:
+    """Returns the element-wise function that `FeatureMapSpec.activation` names."""
+    return _ACTIVATIONS[name].function
+
+
 def _elu_apply(params, x, spec):
     """elu(x) + 1 (Katharopoulos et al. 2020)."""
     del params, spec

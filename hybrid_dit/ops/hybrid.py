@@ -1,12 +1,14 @@
 """Hybrid softmax/linear attention (paper Eq. 5) and the one dispatcher over attention kinds."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from hybrid_dit.array_typing import Array, Float, PyTree
-from hybrid_dit.ops import feature_maps
+from hybrid_dit.ops import backends, feature_maps
+from hybrid_dit.ops.kernels import tpu_hybrid
 from hybrid_dit.ops.softmax import softmax_attention, softmax_sums
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid, linear_keys, softmax_tokens
@@ -24,6 +26,7 @@ def attention(
     *,
     spec: AttentionSpec,
     grid: Grid,
+    backend: str = "auto",
 ) -> Float[Array, "b n h d"]:
     """Self-attention over one video's tokens as `spec` says, in the dtype of `q`.
 
@@ -34,7 +37,10 @@ def attention(
         phi: parameters of the feature maps, {"q": ..., "k": ...}; ignored by softmax attention.
         spec: what to compute; static.
         grid: frames, rows, columns of the token grid; their product is n.
+        backend: a name of `ops.backends.BACKENDS`: what computes it. Values differ by rounding alone.
     """
+    if backends.choose(backend, spec, q.shape[-1], q.dtype) == "tpu":
+        return _on_tpu(q, k, v, phi, spec, grid)
     return ATTENTIONS[spec.kind](q, k, v, phi, spec, grid)
 
 
@@ -109,3 +115,20 @@ def _mixed(q, k, v, phi, spec, grid):
 
 
 ATTENTIONS: dict[str, Callable] = {"softmax": _softmax, "hybrid": _mixed, "linear": _mixed}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _on_tpu(q, k, v, phi, spec, grid):
+    """The fused forward where the program is for a TPU; elsewhere the same kernels interpreted, which is slow."""
+    kernels = functools.partial(tpu_hybrid.forward, spec=spec, grid=grid)
+    xla = lambda *args: ATTENTIONS[spec.kind](*args, spec, grid)  # noqa: E731
+    compiled = kernels if tpu_hybrid.aligned(q.shape[-1]) else xla
+    return jax.lax.platform_dependent(q, k, v, phi, tpu=compiled, default=functools.partial(kernels, interpret=True))
+
+
+def _on_tpu_backward(spec, grid, inputs, cotangent):
+    """The gradient of the XLA path, which recomputes its forward: nothing but q, k, v, φ is kept. Not fused."""
+    return jax.vjp(lambda *args: ATTENTIONS[spec.kind](*args, spec, grid), *inputs)[1](cotangent)
+
+
+_on_tpu.defvjp(lambda *args: (_on_tpu(*args), args[:4]), _on_tpu_backward)

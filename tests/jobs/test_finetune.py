@@ -271,6 +271,17 @@ def test_warm_up_starts_above_zero_and_ends_at_the_learning_rate(make_trainer):
     np.testing.assert_allclose(rates, [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3], rtol=1e-6)  # float32
 
 
+def test_the_backend_reaches_attention(base, noise_pairs, tmp_path):
+    pipeline, make = base
+    config = make(tmp_path)
+    attention, params = untrained(pipeline, tmp_path, config)
+    config.model.attention_backend = "gpus"
+    mesh = sharding.data_mesh(jax.devices()[:1])
+    trainer = Trainer(config, pipeline.wan, attention, 3.0, noise_pairs[1], mesh)
+    with pytest.raises(UserError, match="attention backend 'gpus' is unknown"):
+        jax.eval_shape(trainer.loss, params, noise_pairs[0], jax.random.key(0))
+
+
 # Bad input
 
 

@@ -1,0 +1,1 @@
+"""Fused kernels of `ops`: what a backend other than plain XLA runs."""

@@ -1,0 +1,59 @@
+"""Which backend runs: read off the traced program."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_hybrid import ODD, make_point
+
+from hybrid_dit.errors import UserError
+from hybrid_dit.models.wan import WanConfig, WanDiT
+from hybrid_dit.ops import backends, feature_maps
+from hybrid_dit.ops.hybrid import attention
+from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
+
+R2 = AttentionSpec("hybrid", 2)
+
+
+def kernels(spec, backend, dtype=jnp.float32):
+    """Whether attention's program has kernels in it."""
+    f = partial(attention, spec=spec, grid=ODD[0], backend=backend)
+    return "pallas_call" in str(jax.make_jaxpr(f)(*make_point(spec, ODD, dtype)))
+
+
+def test_auto_is_xla_without_a_tpu_and_tpu_can_be_asked_for():
+    assert not kernels(R2, "auto") and not kernels(R2, "xla")
+    assert all(kernels(spec, "tpu") for spec in (R2, AttentionSpec("linear"), AttentionSpec()))
+
+
+@pytest.mark.parametrize("devices, chosen", [(1, "tpu"), (4, "xla")])
+def test_auto_on_a_tpu_is_tpu_if_it_is_the_only_one(monkeypatch, devices, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert backends.choose("auto", R2, 128, jnp.bfloat16) == chosen
+    assert backends.choose("auto", R2, 24, jnp.bfloat16) == "xla"
+    assert backends.choose("tpu", R2, 128, jnp.bfloat16) == "tpu"
+
+
+def test_what_kernels_do_not_take_runs_on_xla(monkeypatch):
+    assert not kernels(R2, "tpu", jnp.float16)
+    # Given: maps of a user, one of them in place of ours
+    entry = feature_maps.FEATURE_MAPS["elu"]._replace(apply=lambda params, x, spec: jnp.square(x))
+    for name in ("elu", "squares"):
+        monkeypatch.setitem(feature_maps.FEATURE_MAPS, name, entry)
+        assert not kernels(AttentionSpec("hybrid", 2, feature_map=FeatureMapSpec(name)), "tpu")
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known():
+    with pytest.raises(UserError, match="backend 'gpus' is unknown; choose one of auto, xla, tpu"):
+        kernels(R2, "gpus")
+
+
+def test_a_model_takes_its_backend():
+    model = WanConfig(dim=16, num_heads=2, ffn_dim=16, num_layers=1, in_channels=2, text_dim=8, freq_dim=8)
+    inputs = np.ones((1, 3, 6, 6, 2), np.float32), np.ones(1, np.float32), np.ones((1, 3, 8), np.float32)
+    dits = [WanDiT(model, (R2,), backend=b) for b in ("tpu", "xla")]
+    params = jax.eval_shape(dits[1].init, jax.random.key(0), *inputs)
+    assert ["pallas_call" in str(jax.make_jaxpr(dit.apply)(params, *inputs)) for dit in dits] == [True, False]
