@@ -14,6 +14,17 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # jobs that run twice (resume
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("hybrid_dit", "beartype.beartype")
+
+
+@pytest.fixture
+def compile_quickly():
+    """For programs that run a few times on tiny arrays: optimising them costs more than it saves."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -167,6 +167,7 @@ def test_teacher_attention_is_taken_once_when_gradients_are_inside():
     assert abs(flops("linear", "R2", "R4", "R8") - linear - 3 * phi) < 0.2 * extra
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_measure_gives_each_videos_error():
     d, (dit, x, i, context, key) = make(), inputs()
     maps = d.init(jax.random.key(0))["maps"]

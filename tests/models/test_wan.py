@@ -163,6 +163,7 @@ def test_packed_text_gives_the_same_velocity_as_512_padded_tokens(pair):
     assert relative(apply({"params": params}, latents, t, text), expected) > 100 * TOLERANCE  # padding does matter
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_every_block_runs_its_own_attention(pair):
     _, config, params, _ = pair
     latents, text = inputs(config)
