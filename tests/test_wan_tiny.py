@@ -47,7 +47,7 @@ def test_prompts_to_evaluate_on_were_held_out_from_training():
 
 def test_ground_truth_survives_the_vae(pipeline):
     rng = np.random.default_rng(0)
-    scenes = [shapes.sample_scene(rng, "held_out") for _ in range(6)]
+    scenes = [shapes.sample_scene(rng, "held_out") for _ in range(3)]
 
     @jax.jit
     def through(params, placements):

@@ -128,6 +128,7 @@ def test_gradient_equals_diffusers():
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.usefixtures("compile_quickly")
 def test_chunked_equals_whole(chunk):
     vae = WanVAE(QUICK)
     _, params = random_pair(QUICK)
