@@ -20,11 +20,18 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook("hybrid_dit", "beartype.beartype")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def compile_quickly():
-    """For programs that run a few times on tiny arrays: optimising them costs more than it saves."""
+    """For programs that run a few times on tiny arrays: optimising them costs more than it saves.
+
+    From the first test that asks for it to the end of its module. Programs in memory are forgotten at both ends: JAX
+    looks them up without regard to this option, and a later test of the same process that compares bits with another
+    process would run the unoptimised ones.
+    """
     import jax
 
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
