@@ -17,6 +17,8 @@ _BRACES = re.compile(r"\{[^{}]*\}")  # layouts and attributes; innermost first
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CALLED = re.compile(r"(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+# A TPU may run one collective in pieces beside several fused computations; each repeats it with the chain's number.
+_CHAIN = re.compile(r'channel_id=(\d+),.*\bchain_id="(\d+)"')
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 
 
@@ -170,11 +172,16 @@ def collectives_by_origin(program: Program) -> dict[tuple[str, str], Traffic]:
 def _sum(program: Program, key: Callable) -> tuple[dict, int]:
     """Traffic by key(kind, instruction), the most bytes first, and how many are in loops of unknown length."""
     found: dict = {}
-    unknown = 0
+    unknown, chains = 0, set()
     for instruction, inside, times, known in program.executed():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
+        chain = _CHAIN.search(instruction.text)
+        if chain and chain.groups() in chains:
+            continue
+        if chain:
+            chains.add(chain.groups())
         given = sum(inside[name].bytes for name in instruction.operands if name in inside)
         result = instruction.bytes
         if instruction.opcode == "all-gather-start":

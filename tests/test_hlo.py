@@ -138,6 +138,33 @@ def test_text_of_the_tpu_compiler():
     assert hlo.estimated_cycles(program) == 7 * 1000 + 50
 
 
+# One all-gather that three fused computations carry on, as libtpu 0.0.42 writes it for v5e, and another by itself.
+CHAIN = """
+HloModule jit_f
+"""
+for part in "abc":
+    CHAIN += f"""
+%fused.{part} (param_0.{part}: bf16[64,128]) -> bf16[256,128] {{
+  %param_0.{part} = bf16[64,128] parameter(0)
+  ROOT %all-gather.{part} = bf16[256,128] all-gather(%param_0.{part}), channel_id=5, dimensions={{0}}, \
+frontend_attributes={{chain_id="3"}}, backend_config={{"async_collective_fusion_config":{{"flag_start":"2"}}}}
+}}
+"""
+CHAIN += """
+ENTRY %main (param.3: bf16[64,128]) -> bf16[256,128] {
+  %param.3 = bf16[64,128] parameter(0)
+  %fusion.1 = bf16[256,128] fusion(%param.3), kind=kCustom, calls=%fused.a
+  %fusion.2 = bf16[256,128] fusion(%param.3), kind=kCustom, calls=%fused.b
+  %fusion.3 = bf16[256,128] fusion(%param.3), kind=kCustom, calls=%fused.c
+  ROOT %all-gather.9 = bf16[256,128] all-gather(%param.3), channel_id=6, dimensions={0}
+}
+"""
+
+
+def test_a_collective_in_pieces_counts_once():
+    assert hlo.collectives(hlo.parse(CHAIN)) == ({"all-gather": hlo.Traffic(2, 2 * 256 * 128 * 2)}, 0)
+
+
 def test_text_that_is_no_program():
     with pytest.raises(UserError, match="no entry computation"):
         hlo.parse("HloModule nothing")
