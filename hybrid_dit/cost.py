@@ -14,12 +14,17 @@ Costs are forward passes of one sample; with classifier-free guidance a sampling
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
 
+import jax
+import jax.numpy as jnp
+
 from hybrid_dit.errors import UserError
+from hybrid_dit.ops import feature_maps
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec, from_label
 
 
@@ -77,16 +82,8 @@ def video_tokens(frames: int, height: int, width: int) -> int:
 
 
 def features(head_dim: int, attention: AttentionSpec) -> int:
-    """Returns F, the number of features of one head.
-
-    Raises:
-        UserError: the FLOPs of this feature map are not known here.
-    """
-    phi = attention.feature_map
-    factors = {"poly": phi.degree, "elu": 1, "hedgehog": 2}
-    if phi.kind not in factors:
-        raise UserError(f"the cost of feature map {phi.kind!r} is unknown; known are {', '.join(factors)}")
-    return factors[phi.kind] * head_dim
+    """Returns F, the number of features of one head."""
+    return _phi_of_a_head(head_dim, attention.feature_map)[0]
 
 
 def phi_params(shape: Shape, attention: AttentionSpec) -> int:
@@ -166,11 +163,19 @@ def parse_name(name: str) -> tuple[int, str]:
 
 def _phi_sizes(shape: Shape, attention: AttentionSpec) -> tuple[int, int]:
     """Returns (weights, biases) of one feature map over all heads."""
-    d, phi = shape.head_dim, attention.feature_map
-    if phi.kind == "elu":
-        return 0, 0
-    if phi.kind == "hedgehog":  # D -> D; softmax over [x, -x] doubles the features without parameters
-        return shape.heads * d * d, shape.heads * d
-    f = features(d, attention)
-    widths = [d, *(phi.hidden or f,) * (phi.layers - 1), f]
-    return shape.heads * sum(a * b for a, b in zip(widths, widths[1:])), shape.heads * sum(widths[1:])
+    _, weights, biases = _phi_of_a_head(shape.head_dim, attention.feature_map)
+    return shape.heads * weights, shape.heads * biases
+
+
+@functools.cache
+def _phi_of_a_head(head_dim: int, spec: FeatureMapSpec) -> tuple[int, int, int]:
+    """(features, weights, biases), from the feature map's own shapes: matrices [head, in, out] and vectors [head, out]."""
+
+    def run(key, x):
+        params = feature_maps.init(key, 1, head_dim, spec)["q"]
+        return params, feature_maps.apply(params, x, spec)
+
+    x = jax.ShapeDtypeStruct((1, 1, 1, head_dim), jnp.float32)
+    params, y = jax.eval_shape(run, jax.eval_shape(jax.random.key, 0), x)
+    sizes = {axes: sum(p.size for p in jax.tree.leaves(params) if p.ndim == axes) for axes in (2, 3)}
+    return y.shape[-1], sizes[3], sizes[2]

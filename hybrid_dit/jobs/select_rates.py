@@ -126,14 +126,14 @@ def parse_budget(config, block_costs: Mapping[str, Real], blocks: int) -> Real:
     return attention_costs.parse_budget(config.select.budget, block_costs, blocks, config.select.costs)
 
 
-def read_errors(path: Path, labels: list[str]) -> np.ndarray:
-    """Returns the distilled errors of `errors.csv`, [B, rates in the order of `labels`].
+def read_errors(path: Path, labels: list[str], column: str = "distilled") -> np.ndarray:
+    """Returns the errors of `errors.csv`, [B, rates in the order of `labels`]: distilled or undistilled ones.
 
     Raises:
         UserError: a block lacks a rate.
     """
     with open(path, newline="") as file:
-        rows = {(int(row["block"]), row["rate"]): float(row["distilled"]) for row in csv.DictReader(file)}
+        rows = {(int(row["block"]), row["rate"]): float(row[column]) for row in csv.DictReader(file)}
     blocks = 1 + max((block for block, _ in rows), default=-1)
     missing = [(b, label) for b in range(blocks) for label in labels if (b, label) not in rows]
     if missing or not blocks:

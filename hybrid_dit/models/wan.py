@@ -99,6 +99,7 @@ class WanDiT(nn.Module):
         timestep: Float[Array, "b"],
         text: Float[Array, "b l e"],
         text_count: Float[Array, "b l"] | None = None,
+        choice: Int[Array, "layers"] | None = None,
     ) -> Float[Array, "b t y x c"]:
         """Returns the velocity, float32.
 
@@ -107,6 +108,8 @@ class WanDiT(nn.Module):
             timestep: in [0, 1000], float32 (16-bit timesteps ruin samples: 998.39 becomes 1000).
             text: text embeddings; zero past the prompt's length.
             text_count: how many equal text tokens each row stands for (see `pack_text`); None means one each.
+            choice: for every block an index into the distinct specs of `attention`, in order of appearance, instead of
+                its own: one compiled program then serves every assignment of these specs to blocks.
         """
         cfg = self.config
         grid = cfg.grid(latents.shape)
@@ -130,7 +133,7 @@ class WanDiT(nn.Module):
             in_axes=(0, 0, *(nn.broadcast,) * len(conditions)),
             length=cfg.num_layers,
         )(cfg, distinct, grid, self.dtype, backend=self.backend, name="blocks")
-        which = jnp.asarray([distinct.index(s) for s in specs], jnp.int32)
+        which = jnp.asarray([distinct.index(s) for s in specs], jnp.int32) if choice is None else choice
         x, _ = blocks(x, which, phi, *conditions)
         return head(x, time, grid)
 

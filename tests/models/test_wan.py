@@ -177,6 +177,13 @@ def test_every_block_runs_its_own_attention(pair):
         moved = jax.tree.map(lambda a, b=block: a.at[b].add(0.3), maps)
         out = apply({"params": {**params, "feature_maps": moved}}, latents, t, text)
         assert (relative(out, hybrid) > 1e-4) == spec.converted
+    # The same specs in another order, or one for all blocks, by index.
+    for choice in ([1, 0, 0], [1, 1, 1]):
+        choice = choice[: config.num_layers]
+        params_ = {**params, "feature_maps": maps}
+        expected = wan.WanDiT(config, tuple(specs[c] for c in choice)).apply({"params": params_}, latents, t, text)
+        by_index = apply({"params": params_}, latents, t, text, None, np.int32(choice))
+        assert relative(by_index, expected) <= TOLERANCE
     # R = 1 has no linear tokens: plain softmax, whatever the feature map.
     rate1 = (AttentionSpec("hybrid", 1),) * config.num_layers
     same = wan.WanDiT(config, rate1).apply({"params": {**params, "feature_maps": maps}}, latents, t, text)

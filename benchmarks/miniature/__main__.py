@@ -1,0 +1,155 @@
+"""The paper's tables in miniature, on the bundled model.
+
+    python benchmarks/miniature distillation --out=docs/results/miniature     # one table; about 1 GPU minute each
+    python benchmarks/miniature all --out=docs/results/miniature              # all of them
+
+Tables: distillation, rates, selection, loss, feature_maps, finetuning, stabiliser, pattern (scores of videos), errors
+and widths (errors of blocks). What is done is kept in `--work` and not done again; interrupt it when you like. Each
+writes TABLE.md and TABLE.json. Scores are those of `hybrid_dit.scoring`, 0 to 100, on held-out prompts that no error
+was measured on, from one and the same noise; every distillation is made with several seeds. Scores are means over
+seeds, intervals 95% bootstrap over videos (of their means over seeds).
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from runs import Study
+from tables import ERRORS, TABLES, WIDTHS, Table
+
+from hybrid_dit import cost
+from hybrid_dit.jobs import select_rates
+from hybrid_dit.main import set_up
+from hybrid_dit.metrics import bootstrap_interval
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """[mean, low, high]."""
+    return [round(x, 2) for x in bootstrap_interval(values)]
+
+
+def scored(study: Study, table: Table, seeds: int) -> dict:
+    """Scores every row and checks every claim."""
+    flops, shape = select_rates.flop_costs(study.config), select_rates.attention_shape(study.config)
+    flops["linear"] = cost.self_attention_flops(shape, study.specs["linear"])
+    teacher = study.teacher()
+    totals, rows = {}, []
+    for row in table.rows:
+        runs = [study.score(row, seed) for seed in range(seeds)]
+        mean = {name: np.mean([run[name] for run in runs], axis=0) for name in ("total", *table.columns)}
+        totals[row.name] = mean["total"]
+        saved = [1 - sum(flops[c] for c in run["choice"]) / (len(run["choice"]) * flops["softmax"]) for run in runs]
+        rows.append(
+            {
+                "model": row.name,
+                "score": interval(mean["total"]),
+                "seeds": [round(float(np.mean(run["total"])), 1) for run in runs],
+                "self-attention FLOPs saved": round(float(np.mean(saved)), 3),
+                **{name: interval(mean[name]) for name in table.columns},
+                "blocks (seed 0)": " ".join(runs[0]["choice"]),
+            }
+        )
+    claims = []
+    for claim in table.claims:
+        difference = interval(totals[claim.better] - totals[claim.worse])
+        found = "yes" if difference[1] > 0 else "the opposite" if difference[2] < 0 else "not told apart"
+        pair = {"better": claim.better, "worse": claim.worse, "claim": claim.source}
+        claims.append(pair | {"difference": difference, "seen": found})
+    shown = {name: interval(np.array(teacher[name])) for name in ("total", *table.columns)}
+    return {"title": table.title, "teacher": shown, "rows": rows, "claims": claims}
+
+
+def errors(study: Study, seeds: int) -> dict:
+    """Held-out relative L1 error by rate, mean over blocks and seeds, for every setting of `ERRORS`."""
+    labels, rows = list(study.config.distill.rates), []
+    for name, changed in ERRORS.items():
+        folders = [study.distilled(seed, changed) for seed in range(seeds)]
+        for column in ("undistilled", "distilled") if not changed else ("distilled",):
+            values = np.stack([study.errors(folder, column) for folder in folders])  # [seeds, B, labels]
+            setting = f"{name}, not distilled" if column == "undistilled" else name
+            rows.append({"setting": setting, **by_rate(values, labels)})
+    return {"title": "Relative L1 error of a block's attention, mean over blocks", "rows": rows}
+
+
+def widths(study: Study, seeds: int) -> dict:
+    """The same for both token patterns at several numbers of tokens per row."""
+    labels, rows = list(study.config.distill.rates), []
+    for width in WIDTHS:
+        for pattern in ("stride", "lattice"):
+            model = {} if width == 8 else {"width": 16 * width}
+            changed = {} if pattern == "stride" else {"pattern": pattern}
+            values = [study.errors(study.distilled(seed, changed, model)) for seed in range(seeds)]
+            rows.append({"setting": f"{width} tokens a row, {pattern}", **by_rate(np.stack(values), labels)})
+    return {"title": "Stride and lattice by width of the token grid: relative L1 error, mean over blocks", "rows": rows}
+
+
+def by_rate(values: np.ndarray, labels: list[str]) -> dict:
+    """{label: [mean, least, most] over seeds of the mean over blocks}."""
+    seeds = values.mean(axis=1)
+    return {
+        label: [round(float(f(seeds[:, r])), 4) for f in (np.mean, np.min, np.max)] for r, label in enumerate(labels)
+    }
+
+
+def markdown(report: dict) -> str:
+    """A report as a table, claims below it."""
+
+    def cell(value):
+        if isinstance(value, list) and len(value) == 3 and all(isinstance(x, float) for x in value):
+            return f"{value[0]:g} [{value[1]:g}, {value[2]:g}]"
+        return ", ".join(f"{x:g}" for x in value) if isinstance(value, list) else str(value)
+
+    def grid(rows):
+        head = list(rows[0])
+        return [
+            "| " + " | ".join(head) + " |",
+            "|" + "---|" * len(head),
+            *("| " + " | ".join(cell(row[name]) for name in head) + " |" for row in rows),
+        ]
+
+    lines = [f"## {report['title']}", "", report["made"], ""]
+    if "teacher" in report:
+        shown = (f"{name} {cell(value)}" for name, value in report["teacher"].items())
+        lines += [f"Teacher: {', '.join(shown)}.", ""]
+    lines += grid(report["rows"])
+    if report.get("claims"):
+        lines += ["", *grid(report["claims"])]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Makes the tables that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*TABLES, "errors", "widths"]
+    parser.add_argument("tables", nargs="+", choices=[*names, "all"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/miniature"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trajectories", type=int, default=10, help="of each distillation; 50 steps each")
+    parser.add_argument("--videos", type=int, default=64)
+    parser.add_argument("--sample-steps", type=int, default=20)
+    args = parser.parse_args()
+    set_up()
+    study = Study(args.work, args.trajectories, args.videos, args.sample_steps)
+    for name in names if "all" in args.tables else args.tables:
+        began = time.monotonic()
+        if name in TABLES:
+            report = scored(study, TABLES[name](study), args.seeds)
+        else:
+            report = {"errors": errors, "widths": widths}[name](study, args.seeds)
+        scores = f"; {args.videos} videos, UniPC {args.sample_steps} steps, guidance 3" if name in TABLES else ""
+        report["made"] = (
+            f"{args.seeds} seeds, {50 * args.trajectories} steps of distillation{scores}; on "
+            f"{jax.devices()[0].device_kind}, jax {jax.__version__}."
+        )
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        (args.out / f"{name}.md").write_text(markdown(report))
+        print(markdown(report), f"{name} took {time.monotonic() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
