@@ -169,7 +169,7 @@ def _phi_sizes(shape: Shape, attention: AttentionSpec) -> tuple[int, int]:
 
 @functools.cache
 def _phi_of_a_head(head_dim: int, spec: FeatureMapSpec) -> tuple[int, int, int]:
-    """(features, weights, biases), from the feature map's own shapes: matrices [head, in, out] and vectors [head, out]."""
+    """(features, weights, biases) from the shapes of the map: matrices [head, in, out], vectors [head, out]."""
 
     def run(key, x):
         params = feature_maps.init(key, 1, head_dim, spec)["q"]

@@ -24,14 +24,16 @@ install_import_hook("hybrid_dit", "beartype.beartype")
 def compile_quickly():
     """For programs that run a few times on tiny arrays: optimising them costs more than it saves.
 
-    From the first test that asks for it to the end of its module. Programs in memory are forgotten at both ends: JAX
-    looks them up without regard to this option, and a later test of the same process that compares bits with another
-    process would run the unoptimised ones.
+    From the first test that asks for it to the end of its module, in child processes too. Programs in memory are
+    forgotten at both ends: JAX looks them up without regard to this option, and a later test of the same process that
+    compares bits with another process would run the unoptimised ones.
     """
     import jax
 
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     yield
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()

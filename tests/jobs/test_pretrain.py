@@ -27,7 +27,6 @@ def settings():
     return config
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_the_job_writes_a_pipeline_with_its_record_and_trains_the_vae_once(tmp_path, monkeypatch, capsys):
     config = settings()
     pretrain.run(config, tmp_path)

@@ -34,7 +34,6 @@ def config_of(root, **values):
     return tiny_config("surgery", root, **{**SHORT, **values})
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_whole_surgery_then_the_same_command_again(tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     surgery.run(config_of(tmp_path), workdir)
