@@ -74,6 +74,32 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.finetune.videos = 48 if tiny else 0  # rendered moving shapes
     c.finetune.save_every = 20 if tiny else 100
 
+    c.data = ConfigDict()  # what stage 3 trains on, see docs/data.md
+    c.data.kind = "shapes" if tiny else "tfds"  # shapes (finetune.videos of them), tfds, parquet, tar, csv
+    c.data.path = ""  # folder of the data, for all kinds but shapes
+    c.data.buckets = ()  # shapes to train on, such as 81x480x832 (frames, height, width); empty: all there are
+    c.data.scale = "auto"  # of latents on disk: normalised (the DiT's), raw (the VAE's), auto: what the kind has
+    c.data.dtype = "float32" if tiny else "bfloat16"  # of batches
+    c.data.text_rows = 0  # longest prompt in tokens; 0: the longest of the data, or all 512 if it doesn't tell
+    c.data.max_bad = 100  # unusable samples that a process leaves out before it gives up
+    c.data.threads = 2  # that prepare batches
+    c.data.ahead = 2  # batches kept ready
+
+    c.build_data = ConfigDict()  # makes a folder of the kind tfds
+    c.build_data.videos = ""  # folder of videos; empty: moving shapes
+    c.build_data.captions = ""  # CSV or JSONL of file,caption; empty: a .txt beside each video
+    c.build_data.shapes = 64 if tiny else 0  # rendered scenes, if there are no videos
+    c.build_data.buckets = ("33x128x128",) if tiny else ("81x480x832", "81x832x480", "81x624x624")
+    c.build_data.fps = 16  # Wan's
+    c.build_data.enlarge = 1.5  # smaller videos are left out
+    c.build_data.shard = 32 if tiny else 256  # videos per file: what an interruption may cost
+    c.build_data.batch = 1  # videos encoded at once on each device
+    c.build_data.dtype = "bfloat16"  # of stored latents and text
+    c.build_data.compute_dtype = "float32"  # of the VAE
+    c.build_data.threads = 2  # that read videos
+    c.build_data.process = 0  # which of `processes` this is, where several run without jax.distributed
+    c.build_data.processes = 0  # 0: as jax.distributed says
+
     c.evaluate = ConfigDict()
     c.evaluate.prompts = 6 if tiny else 4  # the first of the held-out ones
     c.evaluate.sampler = "unipc"

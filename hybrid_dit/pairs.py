@@ -1,6 +1,6 @@
 """Pairs of videos and prompts as the DiT trains on them: latents and packed text embeddings, in host memory.
 
-The one source so far is rendered moving shapes. Another one is a function that returns `Pairs`.
+Rendered moving shapes come so. Other data is read while training goes on, see `hybrid_dit.data.open_source`.
 """
 
 from pathlib import Path
@@ -29,15 +29,19 @@ class Pairs(NamedTuple):
     count: Float[Array, "n l"] | Float[np.ndarray, "n l"]
 
 
-def batch_at(pairs: Pairs, step: int, batch: int, seed: int) -> Pairs:
-    """Returns the batch of a training step; it depends on nothing but the arguments.
+def order_at(n: int, step: int, batch: int, seed: int) -> np.ndarray:
+    """Returns which of `n` pairs a training step takes; it depends on nothing but the arguments.
 
     All pairs are seen once, in random order, before any is seen again.
     """
-    n = len(pairs.latents)
     position = np.arange(step * batch, (step + 1) * batch)
     orders = {epoch: np.random.default_rng((seed, epoch)).permutation(n) for epoch in set((position // n).tolist())}
-    index = np.array([orders[epoch][i] for epoch, i in zip((position // n).tolist(), position % n)])
+    return np.array([orders[epoch][i] for epoch, i in zip((position // n).tolist(), position % n)])
+
+
+def batch_at(pairs: Pairs, step: int, batch: int, seed: int) -> Pairs:
+    """Returns the batch of a training step, see `order_at`."""
+    index = order_at(len(pairs.latents), step, batch, seed)
     return Pairs(*(x[index] for x in pairs))
 
 

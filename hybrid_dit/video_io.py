@@ -13,7 +13,7 @@ from hybrid_dit.errors import UserError
 
 _BT601 = {"color_primaries": 6, "color_trc": 6, "colorspace": 6, "color_range": 1}  # H.264 Table E-3..E-5; 1: limited
 # Without these flags libswscale repeats and drops chroma samples: 34 dB instead of 47 on a smooth moving pattern.
-_CHROMA = (
+CHROMA = (
     Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 )
 
@@ -49,7 +49,7 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: int | float = 16, crf: i
             setattr(stream.codec_context, name, value)
         for image in video:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU601", interpolation=_CHROMA)
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU601", interpolation=CHROMA)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -64,7 +64,7 @@ def read_mp4(path: str | Path) -> UInt8[np.ndarray, "t y x 3"]:
         with open(path, "rb") as file, av.open(file) as container:
             if not container.streams.video:
                 raise UserError(f"{path} has no video stream")
-            frames = [f.to_ndarray(format="rgb24", interpolation=_CHROMA) for f in container.decode(video=0)]
+            frames = [f.to_ndarray(format="rgb24", interpolation=CHROMA) for f in container.decode(video=0)]
     except OSError as error:  # also the base class of PyAV's file errors
         raise UserError(f"can't open {path}: {error.strerror or error}") from error
     except av.FFmpegError as error:

@@ -12,6 +12,7 @@ from hybrid_dit.errors import UserError
 
 # Sections of the config that decide a stage's outputs: its own and those of the stages before it.
 SECTIONS = {
+    "data": ("build_data",),
     "distill": ("model", "prompts", "distill"),
     "select": ("model", "prompts", "distill", "select"),
     "finetune": ("model", "prompts", "distill", "select", "finetune"),

@@ -25,29 +25,25 @@ WRAPPERS = ("state_dict", "model", "module")  # names under which training scrip
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the older format
 
 
-class TorchFile:
-    """One open file that `torch.save` wrote: a dict of tensors, or one nested in a dict under a usual name.
+class TorchValue:
+    """One open file that `torch.save` wrote, whatever it holds: dicts, lists, numbers, texts, tensors.
 
     Attributes:
         path: the file.
-        shapes: name -> shape.
-        dtypes: name -> dtype as safetensors writes it.
-        metadata: nothing, as far as this format goes.
-        notes: what was unwrapped, for the person.
+        value: what was saved, with a description (`tensor_pickle.Tensor`) in place of each tensor.
     """
 
-    def __init__(self, path: Path):
-        """Opens a file and checks that all its tensors lie inside it; they are read on demand.
+    def __init__(self, file: OpenFile):
+        """Reads all but the tensors' numbers, which are read on demand.
 
         Raises:
-            UserError: the file is broken, would run code if PyTorch read it, or holds something else than tensors.
+            UserError: the file is broken, or would run code if PyTorch read it.
         """
-        self.path = path
-        self.metadata: dict[str, str] = {}
-        self._file = OpenFile(path)
+        self.path = path = file.path
+        self._file = file
         try:
             zipped = self._file.head(4) == b"PK\3\4"
-            value, self._begin = self._read_zip() if zipped else self._read_old()
+            self.value, self._begin = self._read_zip() if zipped else self._read_old()
         except tensor_pickle.ForeignCode as error:
             raise UserError(
                 f"{path} is refused: it holds more than tensors ({error}), and could run code if it was read the usual "
@@ -55,45 +51,36 @@ class TorchFile:
             ) from error
         except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, struct.error) as error:
             raise UserError(f"{path} is damaged or not a file of torch.save: {shown(error)}; fetch it again") from error
-        value, self.notes = self._unwrapped(value)
-        if not isinstance(value, dict) or not value:
-            kind = "an empty dict" if value == {} else f"a {type(value).__name__}"
-            raise UserError(f"{path} holds {kind} instead of named tensors; is it a file of weights?")
-        wrong = [name for name, tensor in value.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]
-        if wrong:
-            some = ", ".join(f"{shown(name)} ({type(value[name]).__name__})" for name in wrong[:10])
-            more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-            raise UserError(f"{path} holds what is no tensor: {some}{more}; is it a file of weights?")
-        self._tensors: dict[str, Tensor] = value
-        for name, tensor in value.items():
-            self._check(name, tensor)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in value.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in value.items()}
 
     @property
     def bytes_read(self) -> int:
         """Bytes of tensors read so far."""
         return self._file.bytes_read
 
-    def read(self, name: str, ranges: tuple[range, ...]) -> np.ndarray:
-        """Returns the part of one tensor that `ranges` (one per axis, of step 1) select; see `OpenFile.read`.
+    def tensor(self, tensor: Tensor, name: str = "tensor") -> np.ndarray:
+        """Returns the numbers of a tensor in `value` (bfloat16 as ml_dtypes.bfloat16).
 
-        Of a tensor that isn't stored row by row (a transposed one) everything is read.
+        Raises:
+            UserError: it is not inside its storage, or the file has changed.
         """
-        tensor, dtype = self._tensors[name], DTYPES[self.dtypes[name]]
+        self.check(name, tensor)
+        return self._read(name, tensor, tuple(map(range, tensor.shape)))
+
+    def _read(self, name: str, tensor: Tensor, ranges: tuple[range, ...]) -> np.ndarray:
+        dtype, shape = DTYPES[tensor.dtype], tuple(tensor.shape)
         begin = self._begin[tensor.storage.key] + tensor.offset * dtype.itemsize
-        rows = [math.prod(tensor.shape[i + 1 :]) for i in range(len(tensor.shape))]
-        if all(size == 1 or stride == row for size, stride, row in zip(tensor.shape, tensor.strides, rows)):
-            return self._file.read(name, begin, dtype, self.shapes[name], ranges)
+        rows = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        if all(size == 1 or stride == row for size, stride, row in zip(shape, tensor.strides, rows)):
+            return self._file.read(name, begin, dtype, shape, ranges)
         count = _span(tensor)
         flat = self._file.read(name, begin, dtype, (count,), [range(count)])
         strides = [n * dtype.itemsize for n in tensor.strides]
-        whole = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides)
+        whole = np.lib.stride_tricks.as_strided(flat, shape, strides)
         return np.array(whole[tuple(slice(r.start, r.stop) for r in ranges)], order="C")
 
     def _read_zip(self) -> tuple[Any, dict[str, int]]:
         """Returns the pickled value, and where each storage begins."""
-        with zipfile.ZipFile(self.path) as archive:
+        with self._file.stream() as stream, zipfile.ZipFile(stream) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in entries if name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -154,20 +141,12 @@ class TorchFile:
                 raise ValueError(f"the file ends at {self._file.size:,}, storage {shown(key)} at {end:,}")
         return value, begin
 
-    def _unwrapped(self, value: Any) -> tuple[Any, tuple[str, ...]]:
-        notes: list[str] = []
-        for _ in WRAPPERS:  # {"module": {"state_dict": ...}} occurs; more levels than names don't
-            inner = [key for key in WRAPPERS if isinstance(value, dict) and isinstance(value.get(key), dict)]
-            if not inner:
-                break
-            others = [shown(key, 40) for key in value if key != inner[0]]
-            beside = f"; left out: {', '.join(others[:10])}{', ...' if len(others) > 10 else ''}" if others else ""
-            notes.append(f"{self.path.name}: weights are those under {inner[0]!r}{beside}")
-            value = value[inner[0]]
-        return value, tuple(notes)
+    def check(self, name: str, tensor: Tensor) -> None:
+        """Checks that a tensor is inside its storage, element by element its own.
 
-    def _check(self, name: str, tensor: Tensor) -> None:
-        """Checks that a tensor is inside its storage, element by element its own."""
+        Raises:
+            UserError: it isn't.
+        """
         numbers = (tensor.shape, tensor.strides, (tensor.offset,))
         if (
             not all(map(are_counts, numbers))
@@ -183,6 +162,60 @@ class TorchFile:
                 f"{self.path}: tensor {shown(name)} ({tensor.dtype}, {shown(list(tensor.shape))}) goes beyond its "
                 f"storage of {there:,} bytes, or repeats it; fetch the file again"
             )
+
+
+class TorchFile(TorchValue):
+    """A file of named tensors: a dict of them, or one nested in a dict under a usual name.
+
+    Attributes:
+        path: the file.
+        shapes: name -> shape.
+        dtypes: name -> dtype as safetensors writes it.
+        metadata: nothing, as far as this format goes.
+        notes: what was unwrapped, for the person.
+    """
+
+    def __init__(self, path: Path):
+        """Opens a file and checks that all its tensors lie inside it; they are read on demand.
+
+        Raises:
+            UserError: the file is broken, would run code if PyTorch read it, or holds something else than tensors.
+        """
+        super().__init__(OpenFile(path))
+        self.metadata: dict[str, str] = {}
+        value, self.notes = self._unwrapped(self.value)
+        if not isinstance(value, dict) or not value:
+            kind = "an empty dict" if value == {} else f"a {type(value).__name__}"
+            raise UserError(f"{path} holds {kind} instead of named tensors; is it a file of weights?")
+        wrong = [name for name, tensor in value.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]
+        if wrong:
+            some = ", ".join(f"{shown(name)} ({type(value[name]).__name__})" for name in wrong[:10])
+            more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+            raise UserError(f"{path} holds what is no tensor: {some}{more}; is it a file of weights?")
+        self._tensors: dict[str, Tensor] = value
+        for name, tensor in value.items():
+            self.check(name, tensor)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in value.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in value.items()}
+
+    def read(self, name: str, ranges: tuple[range, ...]) -> np.ndarray:
+        """Returns the part of one tensor that `ranges` (one per axis, of step 1) select; see `OpenFile.read`.
+
+        Of a tensor that isn't stored row by row (a transposed one) everything is read.
+        """
+        return self._read(name, self._tensors[name], ranges)
+
+    def _unwrapped(self, value: Any) -> tuple[Any, tuple[str, ...]]:
+        notes: list[str] = []
+        for _ in WRAPPERS:  # {"module": {"state_dict": ...}} occurs; more levels than names don't
+            inner = [key for key in WRAPPERS if isinstance(value, dict) and isinstance(value.get(key), dict)]
+            if not inner:
+                break
+            others = [shown(key, 40) for key in value if key != inner[0]]
+            beside = f"; left out: {', '.join(others[:10])}{', ...' if len(others) > 10 else ''}" if others else ""
+            notes.append(f"{self.path.name}: weights are those under {inner[0]!r}{beside}")
+            value = value[inner[0]]
+        return value, tuple(notes)
 
 
 def _span(tensor: Tensor) -> int:

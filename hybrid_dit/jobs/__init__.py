@@ -10,6 +10,7 @@ from types import ModuleType
 from hybrid_dit.errors import UserError
 
 JOBS = ("surgery", "distill", "select_rates", "finetune", "export", "evaluate", "sample", "pretrain", "plan")
+JOBS += ("build_data",)
 
 
 def load(name: str) -> ModuleType:
