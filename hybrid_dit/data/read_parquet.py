@@ -75,7 +75,7 @@ class ParquetLibrary(Library):
         try:
             table = self._groups.get((file, group), lambda: _read_group(file, group))
             return _tensor(table, LATENT, within), _tensor(table, TEXT, within)
-        except (pa.ArrowException, IndexError) as error:
+        except (pa.ArrowException, OSError, IndexError) as error:
             raise BadSample(f"can't be read: {shown(error)}") from error
 
 
