@@ -90,7 +90,7 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.build_data.captions = ""  # CSV or JSONL of file,caption; empty: a .txt beside each video
     c.build_data.shapes = 64 if tiny else 0  # rendered scenes, if there are no videos
     c.build_data.buckets = ("33x128x128",) if tiny else ("81x480x832", "81x832x480", "81x624x624")
-    c.build_data.fps = 16  # Wan's
+    c.build_data.fps = 16.0  # Wan's
     c.build_data.enlarge = 1.5  # smaller videos are left out
     c.build_data.shard = 32 if tiny else 256  # videos per file: what an interruption may cost
     c.build_data.batch = 1  # videos encoded at once on each device

@@ -80,7 +80,7 @@ def nearest(buckets: Sequence[Bucket], aspect: float) -> list[Bucket]:
 
 
 def read_clip(
-    path: Path, buckets: Sequence[Bucket], fps: float, enlarge: float
+    path: Path, buckets: Sequence[Bucket], fps: int | float, enlarge: int | float
 ) -> tuple[Bucket, UInt8[np.ndarray, "t y x 3"]]:
     """Returns the beginning of a video in the shape of the bucket that suits it best.
 
