@@ -24,7 +24,7 @@ from hybrid_dit.data.clips import Bucket, parse_bucket, read_clip
 from hybrid_dit.data.library import is_finite
 from hybrid_dit.data.shards import Record, ShardFolder
 from hybrid_dit.errors import UserError
-from hybrid_dit.models.vae import WanVAE, encode_chunked
+from hybrid_dit.models.vae import VAEConfig, WanVAE, encode_chunked
 from hybrid_dit.pairs import TWO_THINGS
 from hybrid_dit.progress import Progress
 from hybrid_dit.workdir import Stage
@@ -123,13 +123,7 @@ class Encoder:
         self._batch = batch * mesh.size
         self._by_batch = sharding.batch_sharding(mesh, self._batch)
         self._params = jax.device_put(pipeline.vae_params, sharding.replicated(mesh))
-        vae = WanVAE(pipeline.vae, jnp.dtype(compute_dtype))
-
-        def encode(params, video):
-            mean, _ = encode_chunked(vae, params, video.astype(jnp.float32) / 127.5 - 1)
-            return pipeline.vae.normalize(mean.astype(jnp.float32))
-
-        self._encode = jax.jit(encode)
+        self._encode = _encoder(pipeline.vae, compute_dtype)
 
     def __call__(
         self, clips: Iterable[tuple[Item, Bucket | None, np.ndarray | str]], advance: Callable[[int], None]
@@ -173,6 +167,19 @@ class Encoder:
             return []
         text, count = (np.asarray(x) for x in generation.text_context(self._pipeline, captions))
         return [own[: int(rows[:-1].sum())].astype(self._dtype) for own, rows in zip(text, count)]
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(config: VAEConfig, compute_dtype: str) -> Callable[..., jax.Array]:
+    """Returns encode(params, uint8 videos) -> normalised latents, float32; jitted."""
+    vae = WanVAE(config, jnp.dtype(compute_dtype))
+
+    @jax.jit
+    def encode(params, video):
+        mean, _ = encode_chunked(vae, params, video.astype(jnp.float32) / 127.5 - 1)
+        return config.normalize(mean.astype(jnp.float32))
+
+    return encode
 
 
 def _settings(config) -> ConfigDict:

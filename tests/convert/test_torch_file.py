@@ -15,6 +15,8 @@ import torch
 
 from hybrid_dit.convert import tensor_pickle
 from hybrid_dit.convert.files import Weights
+from hybrid_dit.convert.open_file import OpenFile
+from hybrid_dit.convert.torch_file import TorchValue
 from hybrid_dit.errors import UserError
 
 FORMATS = [True, False]  # zip, and the one before PyTorch 1.6
@@ -225,7 +227,34 @@ def test_pytorch_is_not_needed(tmp_path):
 import sys
 sys.modules["torch"] = None  # importing it raises ImportError
 from hybrid_dit.convert.files import Weights
+from hybrid_dit.convert.open_file import OpenFile
+from hybrid_dit.convert.torch_file import TorchValue
 print(Weights({str(tmp_path / "a.pth")!r}).read("a").tolist())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[0, 1, 2]\n"
+
+
+@pytest.mark.parametrize("zipped", FORMATS, ids=["zip", "old"])
+def test_any_value_is_read_from_a_member_of_a_larger_file(tmp_path, zipped):
+    stream = io.BytesIO()
+    value = {"a": [examples()["bf"], 3], "b": {"c": (examples()["transposed"], "text")}}
+    torch.save(value, stream, _use_new_zipfile_serialization=zipped)
+    content = stream.getvalue()
+    (tmp_path / "a.tar").write_bytes(bytes(777) + content + b"PK\3\4" + bytes(300))
+    found = TorchValue(OpenFile(tmp_path / "a.tar", ("x.pt", 777, len(content))))
+    assert found.value["a"][1] == 3 and found.value["b"]["c"][1] == "text"
+    for described, tensor in ((found.value["a"][0], "bf"), (found.value["b"]["c"][0], "transposed")):
+        array = found.tensor(described)
+        assert array.tobytes() == bits(examples()[tensor]) and array.shape == tuple(examples()[tensor].shape)
+    with pytest.raises(UserError, match=r"a.tar/x.pt is damaged"):
+        TorchValue(OpenFile(tmp_path / "a.tar", ("x.pt", 777, len(content) - 50)))
+    with pytest.raises(UserError, match=r"a.tar/x.pt lies beyond the end of the file"):
+        OpenFile(tmp_path / "a.tar", ("x.pt", 777, len(content) + 400))
+
+
+def test_a_tensor_of_any_value_is_checked_before_it_is_read(tmp_path):
+    torch.save([torch.ones(1).expand(10**9)], tmp_path / "a.pt")
+    found = TorchValue(OpenFile(tmp_path / "a.pt"))
+    with pytest.raises(UserError, match="tensor x .*goes beyond its storage"):
+        found.tensor(found.value[0], "x")
