@@ -13,9 +13,11 @@ setup(
     packages=find_packages(include=["hybrid_dit", "hybrid_dit.*"]),
     install_requires=[
         "absl-py",
+        "array_record",
         "av",  # reads and writes H.264 without a system ffmpeg
         "einops",
         "flax>=0.10",
+        "grain>=0.2.10",
         "jax>=0.6",
         "jaxtyping",
         "matplotlib",
@@ -25,6 +27,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
         "pillow",
+        "pyarrow",
         "safetensors",
         "scipy",
         "tensorflow-datasets",

@@ -20,6 +20,7 @@ from hybrid_dit.atomic import write_json
 from hybrid_dit.convert.json_file import shown
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.vae import VAEConfig
+from hybrid_dit.progress import Progress
 
 VERSION = 1  # of the file that keeps an index
 Shape = tuple[int, int, int]  # latent frames, rows, columns
@@ -172,9 +173,11 @@ class Library:
         kept = cache / f"index_{identity}.json" if cache and self.keep_index else None
         found = _read_kept(kept)
         if found is None:
-            print(f"data: looking through {len(files)} files of {self.folder}", flush=True)
+            progress, found = Progress(f"data: looking through {self.folder}", len(files), "file"), []
             with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
-                found = list(pool.map(self._scanned, files))
+                for one in pool.map(self._scanned, files):
+                    found.append(one)
+                    progress.update(len(found))
             if kept:
                 write_json(kept, found)
         entries, places, bad = [], [], dict(missing)

@@ -19,9 +19,7 @@ from hybrid_dit.errors import UserError
 from hybrid_dit.pairs import rendered_pairs
 from hybrid_dit.text_cache import TextCache
 
-LIBRARIES: dict[str, type[Library]] = {
-    cls.kind: cls for cls in (TfdsLibrary, ParquetLibrary, TarLibrary, CsvLibrary)
-}
+LIBRARIES: dict[str, type[Library]] = {cls.kind: cls for cls in (TfdsLibrary, ParquetLibrary, TarLibrary, CsvLibrary)}
 UNFIT = " which the DiT's patches don't divide"
 SCALES = {"auto": None, "normalised": False, "raw": True}
 
@@ -56,6 +54,8 @@ def open_source(
             raise UserError(f"--config.data.{name}={value!r} is unknown; choose one of {', '.join(known)}")
     if not data.path:
         raise UserError(f"no data given: set --config.data.path to a folder of the kind {data.kind} (see docs/data.md)")
+    if "://" in data.path:
+        raise UserError(f"--config.data.path={data.path} is an address; mount it or copy it, and give the folder")
     library = LIBRARIES[data.kind](Path(data.path), pipeline.vae, folder / "data", SCALES[data.scale])
     if not alone:
         _same_everywhere(library.index.digest())
@@ -67,9 +67,7 @@ def open_source(
         rows=_text_rows(library, data.text_rows, pipeline.text_tokens),
         dtype=data.dtype,
     )
-    source = LatentSource(
-        library, buckets, form, **share, max_bad=data.max_bad, threads=data.threads, ahead=data.ahead
-    )
+    source = LatentSource(library, buckets, form, **share, max_bad=data.max_bad, threads=data.threads, ahead=data.ahead)
     sizes = ", ".join(f"{len(members)} of {name}" for name, members in buckets.items())
     print(f"data: {sizes}; all of them take {source.steps} steps", flush=True)
     return source, _empty(pipeline, folder, form)

@@ -18,6 +18,7 @@ from hybrid_dit.data.library import BadSample, Cache, Entry, Library, latent_sha
 from hybrid_dit.data.order import WINDOW
 
 LATENT, TEXT = "vae_latent", "text_embedding"
+MAX_GROUP = 2**32  # bytes; 2 * WINDOW of them are kept in memory
 PARTS = ("bytes", "shape", "dtype")
 DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,
@@ -56,6 +57,14 @@ class ParquetLibrary(Library):
                 if missing:
                     raise BadSample(f"has no column {', '.join(missing)}")
                 for group in range(parquet.num_row_groups):
+                    told = parquet.metadata.row_group(group)
+                    size, rows = told.total_byte_size, told.num_rows
+                    if size > MAX_GROUP:
+                        bad[f"{file.relative_to(self.folder)}, row group {group}"] = (
+                            f"has {rows} rows and {size:,} bytes, which are read at once; write smaller row groups"
+                        )
+                        row += rows
+                        continue
                     shapes = parquet.read_row_group(group, columns=[f"{LATENT}_shape", f"{TEXT}_shape"]).to_pylist()
                     for within, shape in enumerate(shapes):
                         try:

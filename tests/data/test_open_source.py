@@ -121,6 +121,7 @@ def test_rendered_shapes_come_through_the_same_door(pipeline, tmp_path, monkeypa
         ({"data__dtype": "int8"}, "data.dtype='int8' is unknown; choose one of float32, bfloat16"),
         ({"data__scale": "big"}, "data.scale='big' is unknown; choose one of auto, normalised, raw"),
         ({"data__path": ""}, "no data given: set --config.data.path to a folder of the kind tar"),
+        ({"data__path": "gs://bucket/x"}, "data.path=gs://bucket/x is an address; mount it or copy it"),
         ({"data__path": "/nowhere"}, "there is no folder /nowhere"),
         ({"data__kind": "shapes", "finetune__videos": 0}, "no training data"),
         ({"data__kind": "shapes", "model__width": 64}, "moving shapes are square"),

@@ -71,6 +71,21 @@ def test_another_table_and_a_broken_file_are_named(tmp_path):
     assert "not a readable parquet file" in found.index.bad["cut.parquet"]
 
 
+def test_row_groups_too_large_for_memory_are_left_out(tmp_path, monkeypatch):
+    sizes = []
+    for name, count in (("a", 1), ("b", 5)):
+        rows = [parquet_row(*pair, i) for i, pair in enumerate(PAIRS[:count])]
+        write_parquet(tmp_path / f"{name}.parquet", rows, group=count)
+        with pq.ParquetFile(tmp_path / f"{name}.parquet") as parquet:
+            sizes.append(parquet.metadata.row_group(0).total_byte_size)
+    monkeypatch.setattr(read_parquet, "MAX_GROUP", sizes[0])
+    found = ParquetLibrary(tmp_path, VAE)
+    assert [found.key(i) for i in range(len(found.index.entries))] == ["a.parquet/0"]
+    assert found.index.bad == {
+        "b.parquet, row group 0": f"has 5 rows and {sizes[1]:,} bytes, which are read at once; write smaller row groups"
+    }
+
+
 def test_damage_inside_a_row_group_is_a_bad_sample(tmp_path):
     rows = [parquet_row(*pair, i) for i, pair in enumerate(PAIRS)]
     write_parquet(tmp_path / "a.parquet", rows, group=6)

@@ -13,7 +13,7 @@ from hybrid_dit.data.shards import Record, ShardFolder
 from hybrid_dit.errors import UserError
 
 PAIRS = latent_sets.samples(7, ((3, 4, 6), (1, 6, 4)))
-KEYS = [f"vidéo {i}, \"b\".mp4" for i in range(7)]
+KEYS = [f'vidéo {i}, "b".mp4' for i in range(7)]
 
 
 def records(numbers):
