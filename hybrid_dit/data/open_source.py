@@ -33,13 +33,12 @@ def open_source(
         config: sections `data`, `finetune` and `model`, and the seed.
         pipeline: what the data is for; encodes the empty prompt (and rendered shapes).
         folder: for what is worth keeping: the index of a large set, text embeddings, rendered latents.
-        process: index of this process; None: ask JAX.
-        processes: their number; None: ask JAX.
+        process: index of this process's share; None: that of the process.
+        processes: number of shares; None: one per process. (Processes that split the tokens of a sample share it.)
 
     Raises:
         UserError: no data, data that doesn't fit the model, or processes that see different data.
     """
-    alone = processes is not None
     process = jax.process_index() if process is None else process
     processes = jax.process_count() if processes is None else processes
     data, batch = config.data, config.finetune.batch
@@ -57,8 +56,7 @@ def open_source(
     if "://" in data.path:
         raise UserError(f"--config.data.path={data.path} is an address; mount it or copy it, and give the folder")
     library = LIBRARIES[data.kind](Path(data.path), pipeline.vae, folder / "data", SCALES[data.scale])
-    if not alone:
-        _same_everywhere(library.index.digest())
+    _same_everywhere(library.index.digest())
     buckets = find_buckets(library, pipeline, data.buckets)
     form = Form(
         channels=pipeline.wan.in_channels,

@@ -77,18 +77,18 @@ def test_a_batch_holds_the_samples_that_it_names(dtype):
 @pytest.mark.parametrize("kind", ["tar", "parquet", "csv", "tfds"])
 def test_threads_change_nothing_and_a_position_inside_an_epoch_is_continued(kind, tmp_path):
     latent_sets.write_set(kind, tmp_path, PAIRS)
-    expected = take(make(LIBRARIES[kind](tmp_path, VAE)), 25)
-    source = make(LIBRARIES[kind](tmp_path, VAE), threads=3, ahead=4)
-    assert all(map(same, take(source, 7), expected))  # the next ones are being read already
+    library = LIBRARIES[kind](tmp_path, VAE)
+    expected = take(make(library), 12)
+    source = make(library, threads=3, ahead=4)
+    assert all(map(same, take(source, 3), expected))  # the next ones are being read already
     state = json.loads(json.dumps(source.state()))
-    rest = take(source, 6)
-    for threads in (0, 2):
-        resumed = make(LIBRARIES[kind](tmp_path, VAE), threads=threads)
-        resumed.restore(state)
-        assert resumed.state() == state
-        assert all(map(same, take(resumed, 18), expected[7:]))
+    assert all(map(same, take(source, 4), expected[3:]))
+    resumed = make(LIBRARIES[kind](tmp_path, VAE), threads=2)
+    resumed.restore(state)
+    assert resumed.state() == state
+    assert all(map(same, take(resumed, 9), expected[3:]))
     source.restore(state)  # backwards too
-    assert all(map(same, take(source, 6), rest))
+    assert same(source.next(), expected[3])
 
 
 @pytest.mark.parametrize("processes", [2, 4])

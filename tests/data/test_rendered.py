@@ -20,7 +20,9 @@ def test_processes_share_the_batch_of_the_step():
         parts = [source.next() for source in sources]
         expected = batch_at(numbered(7), step, 4, 3)
         for name in ("latents", "text", "count"):
-            np.testing.assert_array_equal(np.concatenate([getattr(p, name) for p in parts]), getattr(expected, name))
+            np.testing.assert_array_equal(
+                np.concatenate([getattr(p, name) for p in parts]), getattr(expected, name)
+            )
         keys = [key for part in parts for key in part.keys]
         assert keys == [f"scene {int(i)}" for i in expected.latents.ravel()]
 
