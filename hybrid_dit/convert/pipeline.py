@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -114,22 +115,30 @@ def find(folder: str | Path) -> SourceFolder:
     return places
 
 
-def load_pipeline(folder: str | Path) -> Pipeline:
+def load_pipeline(folder: str | Path, kinds: Sequence[str] = sources.KINDS) -> Pipeline:
     """Reads a whole pipeline: diffusers' layout, with safetensors or Orbax parts, or the original release's folder.
+
+    Args:
+        folder: the pipeline's.
+        kinds: parts whose parameters are read; those of the others are empty, for what the memory doesn't hold at once.
 
     Raises:
         UserError: a part is missing or doesn't fit its config.json.
     """
     places = find(folder)
     wan, text, vae = (sources.open_part(places.parts[kind], kind) for kind in sources.KINDS)
+
+    def values(part: sources.Part) -> dict:
+        return to_tree(part.params, np.float32) if part.kind in kinds else {}
+
     return Pipeline(
         wan=wan.config,
-        dit=to_tree(wan.params, np.float32),
+        dit=values(wan),
         attention=wan.attention,
         vae=vae.config,
-        vae_params=to_tree(vae.params, np.float32),
+        vae_params=values(vae),
         text=text.config,
-        text_params=to_tree(text.params, np.float32),
+        text_params=values(text),
         tokenizer=load_tokenizer(places.tokenizer),
         tokenizer_folder=places.tokenizer,
         shift=places.shift,

@@ -171,13 +171,15 @@ class Library:
         print_of = [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, status)]
         identity = hashlib.sha256(json.dumps([VERSION, self.kind, print_of]).encode()).hexdigest()[:16]
         kept = cache / f"index_{identity}.json" if cache and self.keep_index else None
-        found = _read_kept(kept)
-        if found is None:
-            progress, found = Progress(f"data: looking through {self.folder}", len(files), "file"), []
+        found = _read_kept(kept) or [None] * len(files)
+        # What was bad is looked at again: the disk may only have been away.
+        again = [i for i, one in enumerate(found) if one is None or one[1]]
+        if again:
+            progress = Progress(f"data: looking through {self.folder}", len(again), "file")
             with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
-                for one in pool.map(self._scanned, files):
-                    found.append(one)
-                    progress.update(len(found))
+                for done, (i, one) in enumerate(zip(again, pool.map(self._scanned, [files[i] for i in again])), 1):
+                    found[i] = one
+                    progress.update(done)
             if kept:
                 write_json(kept, found)
         entries, places, bad = [], [], dict(missing)

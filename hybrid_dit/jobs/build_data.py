@@ -57,7 +57,7 @@ def run(config, workdir: Path) -> None:
     if stage.done:
         print(f"build_data: complete in {stage.folder}")
         return
-    pipeline = load_pipeline(config.model.weights)
+    pipeline = load_pipeline(config.model.weights, ("vae", "text_encoder"))
     buckets = [parse_bucket(text) for text in cfg.buckets]
     for bucket in buckets:
         generation.latent_shape(pipeline.wan, pipeline.vae, *bucket)

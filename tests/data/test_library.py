@@ -13,6 +13,7 @@ from latent_sets import VAE
 from hybrid_dit.data import library
 from hybrid_dit.data.library import BadSample, Cache, is_finite, latent_shape, transposed, used_rows
 from hybrid_dit.data.open_source import LIBRARIES
+from hybrid_dit.data.read_tar import TarLibrary
 from hybrid_dit.errors import UserError
 
 KINDS = ("tar", "parquet", "csv", "tfds")
@@ -88,6 +89,25 @@ def test_a_damaged_cache_file_is_made_again(tmp_path):
     assert len(json.loads(kept.read_text())) == 1
     kept.write_text("[")
     assert len(LIBRARIES["tar"](tmp_path / "set", VAE, tmp_path).index.entries) == 2
+
+
+def test_a_file_that_could_not_be_read_once_is_tried_again(tmp_path, monkeypatch):
+    latent_sets.write_set("tar", tmp_path / "set", latent_sets.samples(4))
+    scan, broken = TarLibrary.scan, ["shard_000001.tar"]
+
+    def flaky(self, file):
+        if file.name in broken:
+            raise OSError(5, "Input/output error")
+        return scan(self, file)
+
+    monkeypatch.setattr(TarLibrary, "scan", flaky)
+    first = TarLibrary(tmp_path / "set", VAE, tmp_path)
+    assert len(first.index.entries) == 2 and "Input/output error" in first.index.bad["shard_000001.tar"]
+    broken.clear()
+    second = TarLibrary(tmp_path / "set", VAE, tmp_path)
+    assert len(second.index.entries) == 4 and not second.index.bad
+    broken += ["shard_000000.tar", "shard_000001.tar"]  # now both are kept
+    assert len(TarLibrary(tmp_path / "set", VAE, tmp_path).index.entries) == 4
 
 
 def test_a_block_is_made_once_for_all_threads_and_the_oldest_leaves():
