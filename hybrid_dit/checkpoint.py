@@ -1,4 +1,7 @@
-"""Training state on disk: Orbax checkpoints by step, the last few kept, unfinished ones never chosen."""
+"""Training state on disk: Orbax checkpoints by step, the last few kept, unfinished ones never chosen.
+
+With several processes all of them save and restore together, each its own devices' part, to a folder that all see.
+"""
 
 import logging
 from pathlib import Path
@@ -6,6 +9,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from hybrid_dit import processes
 from hybrid_dit.array_typing import PyTree
 from hybrid_dit.errors import UserError
 
@@ -56,15 +60,16 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged, or of another model.
         """
-        if self.latest is None:
+        latest = processes.on_main(lambda: self.latest)  # what the others see of the folder may be older
+        if latest is None:
             return None
         abstract = jax.tree.map(_abstract, like)
         try:
-            return self.latest, self._manager.restore(self.latest, args=ocp.args.StandardRestore(abstract))
+            return latest, self._manager.restore(latest, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, TypeError, OSError) as error:
             reason = str(error).strip().split("\n")[0][:200]
             raise UserError(
-                f"checkpoint {self.folder / str(self.latest)} is damaged or of another model ({reason}); "
+                f"checkpoint {self.folder / str(latest)} is damaged or of another model ({reason}); "
                 "delete it to continue from the one before, or the whole folder to start anew"
             ) from error
 

@@ -1,10 +1,18 @@
-"""Ends a loop in good order on Ctrl-C (SIGINT) or SIGTERM: the step at hand is finished and saved first."""
+"""Ends a loop in good order on Ctrl-C (SIGINT) or SIGTERM: the step at hand is finished and saved first.
 
+With several processes all of them stop after the same step, whichever of them got the signal.
+"""
+
+import os
 import signal
 import sys
 import threading
 
+from hybrid_dit import processes
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Where it is set, the exit code after SIGTERM, for schedulers that would take 0 for a job that is finished.
+STOP_CODE = "HYBRID_DIT_STOP_CODE"
 
 
 class Interruption:
@@ -13,11 +21,12 @@ class Interruption:
     Has no effect outside the main thread, where Python does not deliver signals.
 
     Attributes:
-        signal: the signal received, or None.
+        signal: the signal that this process received, or None.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._agreed: int | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
@@ -29,18 +38,20 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def __bool__(self) -> bool:
-        return self.signal is not None
+    def due(self) -> bool:
+        """Whether to save and `stop` now, the same in all processes. To be asked once per step."""
+        self._agreed = processes.stop(self.signal)
+        return self._agreed is not None
 
     def stop(self) -> None:
-        """Ends the program as the signal asks for: SIGINT raises KeyboardInterrupt, SIGTERM exits with code 0."""
-        if self.signal == signal.SIGINT:
+        """Ends the program: SIGINT raises KeyboardInterrupt, SIGTERM exits with code 0 (but see `STOP_CODE`)."""
+        if self._agreed == signal.SIGINT:
             raise KeyboardInterrupt
-        sys.exit(0)
+        sys.exit(int(os.environ.get(STOP_CODE) or 0))
 
     def _note(self, number: int, frame) -> None:
         del frame
-        if self:
+        if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
         print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)

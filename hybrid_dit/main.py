@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from hybrid_dit import processes
 from hybrid_dit.command_line import USAGE, parse
 from hybrid_dit.errors import UserError
 
@@ -20,19 +21,22 @@ def main(argv: Sequence[str]) -> int:
     A job's `run` may return an exit code of its own (`plan`: 1 for a step that does not fit).
     """
     if {"-h", "--help"} & set(argv[1:]):
-        print(f"usage: {USAGE}")
+        print(f"usage: {USAGE}\n{processes.HELP}")
         return 0
     try:
-        config, workdir = parse(argv[1:])
+        distributed, argv = processes.parse(argv[1:])
         set_up()
-        from hybrid_dit import jobs  # imports JAX, which reads its environment then
+        with processes.joined(distributed):
+            config, workdir = parse(argv)
+            from hybrid_dit import jobs  # imports JAX, which reads its environment then
 
-        return jobs.load(config.get("run", config.job)).run(config, workdir) or 0
+            return jobs.run(config.get("run", config.job), config, workdir) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        if processes.is_main():
+            print("interrupted; the same command continues", file=sys.stderr)
         return 130
 
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hybrid_dit import processes
 from hybrid_dit.array_typing import PyTree
 from hybrid_dit.convert import tables
 from hybrid_dit.errors import UserError
@@ -38,7 +39,7 @@ DIT_RULES: Rules = (
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh with all devices (or those given) along one axis."""
-    return Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
+    return Mesh(np.array(processes.devices() if devices is None else devices), (AXIS,))
 
 
 def distill_mesh(data: int = 1, seq: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -47,7 +48,7 @@ def distill_mesh(data: int = 1, seq: int = 1, devices: Sequence[jax.Device] | No
     Raises:
         UserError: the ways don't divide the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = processes.devices() if devices is None else devices
     if data < 1 or seq < 1 or len(devices) % (data * seq):
         raise UserError(
             f"{len(devices)} devices can't be split {data} ways over videos times {seq} over tokens; "

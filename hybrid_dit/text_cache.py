@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_dit import generation
+from hybrid_dit import generation, processes
 from hybrid_dit.array_typing import Array
 from hybrid_dit.convert.files import Weights, write_safetensors
 from hybrid_dit.convert.pipeline import Pipeline
@@ -44,7 +44,13 @@ class TextCache:
         """
         self._folder, self._width, self._text_tokens = folder, pipeline.wan.text_dim, pipeline.text_tokens
         prompts = list(dict.fromkeys(prompts))
-        encoded = 0
+        processes.on_main(self._encode, pipeline, prompts)
+        longest = max(len(self._read(prompt)) for prompt in prompts)
+        unit = generation.TEXT_ROWS
+        self.rows = min(-(-max(longest, 1) // unit) * unit, self._text_tokens)
+
+    def _encode(self, pipeline: Pipeline, prompts: Sequence[str]) -> None:
+        encoded, folder = 0, self._folder
         for start in range(0, len(prompts), generation.TEXT_BATCH):
             # Groups don't depend on what is there, so that an interrupted run gets the same numbers to the last bit.
             group = prompts[start : start + generation.TEXT_BATCH]
@@ -58,9 +64,6 @@ class TextCache:
             encoded += len(missing)
         if encoded:
             print(f"text: {encoded} of {len(prompts)} prompts encoded; embeddings are kept in {folder}")
-        longest = max(len(self._read(prompt)) for prompt in prompts)
-        unit = generation.TEXT_ROWS
-        self.rows = min(-(-max(longest, 1) // unit) * unit, self._text_tokens)
 
     def context(self, prompts: Sequence[str]) -> tuple[Array, Array]:
         """Returns packed embeddings [b, rows + 1, e] and counts [b, rows + 1], see `pack_text`."""

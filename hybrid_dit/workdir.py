@@ -1,12 +1,14 @@
 """The folder a run writes to: one subfolder per stage, with the settings it was made with and a mark when complete.
 
 Running a command again continues it: complete stages are skipped, incomplete ones go on. A stage made with other
-settings is an error that shows the difference, never silently reused.
+settings is an error that shows the difference, never silently reused. With several processes, the first looks and
+writes, and tells the others: a file that one machine has written another one may not see yet.
 """
 
 import json
 from pathlib import Path
 
+from hybrid_dit import processes
 from hybrid_dit.atomic import write_json
 from hybrid_dit.errors import UserError
 
@@ -39,6 +41,9 @@ class Stage:
         self.folder = workdir / name
         settings = {"seed": config.seed, **{section: config[section].to_dict() for section in SECTIONS[name]}}
         settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        processes.on_main(self._open, settings)
+
+    def _open(self, settings: dict) -> None:
         file = self.folder / "settings.json"
         if file.is_file():
             there = json.loads(file.read_text())
@@ -54,11 +59,11 @@ class Stage:
     @property
     def done(self) -> bool:
         """Whether the stage is complete."""
-        return (self.folder / "done.json").is_file()
+        return processes.on_main((self.folder / "done.json").is_file)
 
     def finish(self, **summary) -> None:
         """Marks the stage as complete; everything else must have been written before. `summary` is kept in the mark."""
-        write_json(self.folder / "done.json", summary)
+        processes.on_main(write_json, self.folder / "done.json", summary)
 
 
 def is_done(workdir: Path, name: str, config) -> bool:
@@ -67,7 +72,7 @@ def is_done(workdir: Path, name: str, config) -> bool:
     Raises:
         UserError: the stage was made with other settings.
     """
-    return (workdir / name).is_dir() and Stage(workdir, name, config).done
+    return processes.on_main((workdir / name).is_dir) and Stage(workdir, name, config).done
 
 
 def require(workdir: Path, name: str, config) -> Path:

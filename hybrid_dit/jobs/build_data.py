@@ -26,10 +26,12 @@ from hybrid_dit.data.shards import Record, ShardFolder
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.vae import VAEConfig, WanVAE, encode_chunked
 from hybrid_dit.pairs import TWO_THINGS
+from hybrid_dit.processes import barrier, on_main
 from hybrid_dit.progress import Progress
 from hybrid_dit.workdir import Stage
 
 FOLDER = "data"
+A_DAY = 86400.0  # seconds that processes that are done wait for the others' shards
 
 
 class Item(NamedTuple):
@@ -88,11 +90,13 @@ def run(config, workdir: Path) -> None:
         done += len(folder.items(number))
         for name, why in bad.items():
             print(f"build_data: left out {name}: {why}", flush=True)
-    missing = folder.missing()
+    barrier("build_data", A_DAY)
+    missing = on_main(folder.missing)
     if missing:
         print(f"build_data: process {process} is done; {len(missing)} of {folder.shards} shards are the others'")
         return
-    manifest = folder.finish(
+    manifest = on_main(
+        folder.finish,
         skipped,
         dtype=cfg.dtype,
         fps=cfg.fps,

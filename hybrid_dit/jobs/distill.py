@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from hybrid_dit import generation, sharding, surgery
+from hybrid_dit import generation, processes, sharding, surgery
 from hybrid_dit.checkpoint import Checkpoints
 from hybrid_dit.convert.pipeline import load_pipeline
 from hybrid_dit.data.prompts import read_prompts
@@ -60,12 +60,17 @@ def run(config, workdir: Path) -> None:
     maps = {"distilled": _train(config, distiller, dit, text, shape, chosen, stage.folder)}
     maps["undistilled"] = _init(distiller, config.seed)["maps"]
     errors, timesteps = _held_out_errors(config, distiller, dit, text, shape, held_out, maps, pipeline.shift)
-    write_errors(stage.folder, list(specs), errors, timesteps)
-    for name, file in (("distilled", MAPS_FILE), ("undistilled", "undistilled.safetensors")):
-        save_maps(stage.folder / file, sharding.to_host(maps[name]))
+    maps = {name: sharding.to_host(tree) for name, tree in maps.items()}
+    processes.on_main(_write, stage.folder, list(specs), errors, timesteps, maps)
     summary = {label: round(float(errors["distilled"][..., r].mean()), 5) for r, label in enumerate(specs)}
     print(f"distill: mean relative L1 error on held-out prompts {summary}")
     stage.finish(mean_error=summary)
+
+
+def _write(folder: Path, labels: list[str], errors, timesteps, maps) -> None:
+    write_errors(folder, labels, errors, timesteps)
+    for name, file in (("distilled", MAPS_FILE), ("undistilled", "undistilled.safetensors")):
+        save_maps(folder / file, maps[name])
 
 
 def _untrained(held_out: Sequence[str], trained: Sequence[str]) -> list[str]:
@@ -117,13 +122,14 @@ def _train(config, distiller: Distiller, dit, text: TextCache, shape, prompts: l
             state, x, metrics = step(state, dit, x, i, context, key_trajectory)
             errors = curves.add(jax.device_get(metrics))
             progress.update(n + 1, **{f"error {label}": value for label, value in errors.items()})
-            if interruption or i == steps - 1:
-                curves.save(folder)  # first: a checkpoint without its curves could not be continued
+            stop = interruption.due()
+            if stop or i == steps - 1:
+                processes.on_main(curves.save, folder)  # first: a checkpoint without them could not be continued
                 checkpoints.save(n + 1, (store(state), x))
-            if interruption:
+            if stop:
                 print(f"distill: saving after step {n + 1}", flush=True)
                 interruption.stop()
-        curves.report(folder)
+        processes.on_main(curves.report, folder)
         return store(state)["maps"]
 
 

@@ -104,9 +104,10 @@ def train(trainer: Trainer, params: PyTree, pairs: Pairs, folder: Path) -> PyTre
                     )
                 log.add(n, loss, grad_norm)
                 progress.update(n, loss=log.mean)
-                if interruption or n % cfg.save_every == 0 or n == cfg.steps:
+                stop = interruption.due()
+                if stop or n % cfg.save_every == 0 or n == cfg.steps:
                     checkpoints.save(n, state)
-                if interruption:
+                if stop:
                     print(f"finetune: saving after step {n}", flush=True)
                     interruption.stop()
     return state.params

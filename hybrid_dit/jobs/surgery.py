@@ -36,7 +36,7 @@ def run(config, workdir: Path) -> None:
         if done[folder] and folder != "evaluate":  # which prints its table again
             print(f"complete in {workdir / folder}")
         else:
-            jobs.load(job).run(config, workdir)
+            jobs.run(job, config, workdir)
     print(f"\nsurgery took {duration(time.monotonic() - began)}")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from several import Several
 from workdirs import PROMPTS, tiny_config
 
 from hybrid_dit import sharding
@@ -55,6 +56,12 @@ def assert_bit_equal(folder, whole):
         np.testing.assert_array_equal(a, b)
     for name in ("errors.csv", "errors_by_timestep.csv", "loss.csv"):
         assert (folder / name).read_text() == (whole / name).read_text()
+
+
+def assert_equal_to_rounding(folder, whole):
+    # Rounding grows with every one of 20 steps, and Adam may turn an update whose gradient is all rounding.
+    off = np.concatenate([np.abs(a - b).ravel() for a, b in zip(maps_of(folder), maps_of(whole))])
+    assert off.max() <= 20 * 1e-2 and (off > 0.05 * 1e-2).mean() < 0.02
 
 
 def stop_at(step, action, monkeypatch):
@@ -144,15 +151,20 @@ sys.exit(main.main(sys.argv))
 """
 
 
-def test_sigkill_loses_only_steps_that_come_again(whole, root, capsys):
-    config = settings(root)
-    options = [f"--config={REPOSITORY}/configs/distill.py", f"--workdir={root}/kill"]
+def command_line(config, workdir):
+    """The options of `main` that give this config."""
+    options = [f"--config={REPOSITORY}/configs/distill.py", f"--workdir={workdir}"]
     for section in ("model", "prompts", "distill"):
         for name, value in config[section].items():
             text = ",".join(value) if isinstance(value, tuple) else value
             options.append(f"--config.{section}.{name}={text}")
+    return [option for option in options if not option.endswith("=")]
+
+
+def test_sigkill_loses_only_steps_that_come_again(whole, root, capsys):
+    config = settings(root)
     step = random.SystemRandom().randrange(1, 2 * STEPS)
-    command = [sys.executable, "-c", KILLED.replace("STEP", str(step)), *(o for o in options if not o.endswith("="))]
+    command = [sys.executable, "-c", KILLED.replace("STEP", str(step)), *command_line(config, root / "kill")]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert result.returncode == -signal.SIGKILL, result.stderr
     distill.run(config, root / "kill")
@@ -172,9 +184,27 @@ def test_another_mesh_continues_to_the_same_maps(whole, root, monkeypatch):
         distill.run(config, root / "mesh")
     monkeypatch.undo()
     distill.run(config, root / "mesh")
-    # Rounding grows with every one of 20 steps, and Adam may turn an update whose gradient is all rounding.
-    off = np.concatenate([np.abs(a - b).ravel() for a, b in zip(maps_of(root / "mesh/distill"), maps_of(whole))])
-    assert off.max() <= 20 * 1e-2 and (off > 0.05 * 1e-2).mean() < 0.02
+    assert_equal_to_rounding(root / "mesh/distill", whole)
+
+
+def test_two_processes_finish_what_one_began(whole, root, tmp_path, monkeypatch, capsys):
+    """One process on 8 devices, interrupted; then two on 4 each, to the same files, which the first of them writes.
+
+    Programs of the two are compiled without optimisation, which takes half the time and rounds otherwise.
+    """
+    config, workdir = settings(root), root / "several"
+    stop_at(18, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+    with pytest.raises(SystemExit):
+        distill.run(config, workdir)
+    monkeypatch.undo()
+    program = "import sys\nfrom hybrid_dit import main\nsys.exit(main.main(sys.argv))"
+    several = Several(tmp_path, program, *command_line(config, workdir), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    (first, out, error), (second, silent, other) = several.finish()
+    assert (first, second) == (0, 0), error + other
+    assert "continues after 18 steps" in out and "distill" not in silent
+    there, here = ({str(p.relative_to(f)) for p in f.rglob("*")} for f in (whole, workdir / "distill"))
+    assert {name for name in there ^ here if not name.startswith("checkpoints")} == set()
+    assert_equal_to_rounding(workdir / "distill", whole)
 
 
 def test_wrong_choices_are_named_before_anything_is_written(root, tmp_path):
@@ -190,4 +220,3 @@ def test_wrong_choices_are_named_before_anything_is_written(root, tmp_path):
     with pytest.raises(UserError, match="mesh.seq"):
         distill.run(config, tmp_path)
     assert not list(tmp_path.iterdir())
-

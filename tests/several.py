@@ -1,0 +1,57 @@
+"""Runs the same command in several processes on this machine, which find each other through localhost."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class Several:
+    """Processes of one run, 4 fake devices each, with their outputs in files (pipes would fill up)."""
+
+    def __init__(self, folder: Path, program: str, *arguments: str, count: int = 2, **variables: str):
+        """Starts them.
+
+        Args:
+            folder: for the outputs.
+            program: Python code.
+            *arguments: what the code finds in sys.argv[1:], after the options that say who it is.
+            count: of processes.
+            **variables: of the environment, beside those of this process.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", **variables}
+        environment["PYTHONPATH"] = str(ROOT)
+        where = f"--distributed.coordinator=localhost:{free_port()}", f"--distributed.processes={count}"
+        self.outputs = [(folder / f"out{i}", folder / f"err{i}") for i in range(count)]
+        self.processes = []
+        for i, (out, err) in enumerate(self.outputs):
+            command = [sys.executable, "-c", program, *where, f"--distributed.process_id={i}", *arguments]
+            with out.open("w") as stdout, err.open("w") as stderr:
+                self.processes.append(
+                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
+                )
+
+    def finish(self, seconds: float = 240) -> list[tuple[int, str, str]]:
+        """Waits; returns (exit code, stdout, stderr) of each."""
+        try:
+            codes = [process.wait(seconds) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [(code, _own(out), err.read_text()) for code, (out, err) in zip(codes, self.outputs)]
+
+
+def _own(file: Path) -> str:
+    """Standard output without what the library for collectives prints to it."""
+    return "".join(line for line in file.read_text().splitlines(keepends=True) if not line.startswith("[Gloo]"))
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
