@@ -24,7 +24,7 @@ from jax._src.lib.mlir import ir
 from jax._src.pallas.triton import lowering
 
 from hybrid_dit.ops import feature_maps
-
+from hybrid_dit.ops.kernels import gpu_hybrid
 from hybrid_dit.ops.kernels.gpu_tiles import Tile, Tiles
 from hybrid_dit.ops.spec import AttentionSpec
 
@@ -58,7 +58,9 @@ def kernels(function, *args):
     context = lowering._new_ir_context()
     seen = set()
     for call in _custom_calls(module.operation):
-        config = call.attributes["mhlo.backend_config"] if "mhlo.backend_config" in call.attributes else {}
+        if "mhlo.backend_config" not in call.attributes:
+            continue
+        config = call.attributes["mhlo.backend_config"]
         if "ir" not in config:
             continue
         code = ir.StringAttr(config["ir"]).value_bytes
@@ -95,12 +97,11 @@ def compile_all(python: str, found) -> list[dict]:
 
 def programs(sizes: Tiles, tokens: int, dtype):
     """Yields (labels, function, arguments) that together have all kernels in them."""
-    from hybrid_dit.ops.kernels import gpu_hybrid
-
     x = jax.ShapeDtypeStruct((1, tokens, 12, 128), dtype)
     for spec in (AttentionSpec("hybrid", 8), AttentionSpec("hybrid", 8, stabiliser="lse")):
         phi = jax.eval_shape(lambda: feature_maps.init(jax.random.key(0), 12, 128, AttentionSpec().feature_map))
-        run = functools.partial(gpu_hybrid.attention, spec=spec, grid=(1, 1, tokens), sizes=sizes, softmax="triton")
+        how = {"sizes": sizes, "softmax": "triton", "interpret": False}
+        run = functools.partial(gpu_hybrid.attention, spec=spec, grid=(1, 1, tokens), **how)
 
         def loss(*args, run=run):
             return run(*args).astype(jnp.float32).sum()
@@ -115,7 +116,7 @@ def main():
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", type=int, default=32760)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--tile", action="append", default=[], help="KERNEL=rows,chunk,warps,stages in place of the default")
+    parser.add_argument("--tile", action="append", default=[], help="KERNEL=rows,chunk,warps,stages, not the default")
     args = parser.parse_args()
 
     replaced = {k: Tile(*map(int, v.split(","))) for k, v in (x.split("=") for x in args.tile)}

@@ -56,6 +56,7 @@ class Distiller:
         mesh: from `sharding.distill_mesh`.
         activations: "inside" or "stacked", see the module.
         branches: of guidance, that are training data: "both", "cond" or "uncond".
+        backend: of the linear part of what trains, a name of `ops.backends.BACKENDS`.
     """
 
     wan: WanConfig
@@ -68,6 +69,7 @@ class Distiller:
     mesh: Mesh
     activations: str = "inside"
     branches: str = "both"
+    backend: str = "auto"
 
     def __post_init__(self):
         for name, allowed in (("loss", surgery.LOSSES), ("activations", ACTIVATIONS), ("branches", BRANCHES)):
@@ -244,7 +246,7 @@ class Distiller:
 
             def loss(phi, label=label, spec=spec, qkv=tuple(qkv)):
                 phi = jax.tree.map(self._place.whole, phi)
-                return surgery.rate_loss(phi, qkv, teacher, sums[label], spec, grid, self.loss, key)
+                return surgery.rate_loss(phi, qkv, teacher, sums[label], spec, grid, self.loss, key, self.backend)
 
             of_rate = jax.value_and_grad(loss, has_aux=True)(state["maps"][label])
             # The next rate waits for this one's gradient, so that one rate's activations are in memory at a time (where
@@ -363,6 +365,7 @@ def from_config(config, wan: WanConfig, shift: float, mesh: Mesh) -> Distiller:
         mesh=mesh,
         activations=cfg.activations,
         branches=cfg.branches,
+        backend=config.model.attention_backend,
     )
 
 

@@ -47,7 +47,7 @@ def test_what_kernels_do_not_take_runs_on_xla(monkeypatch):
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known():
-    with pytest.raises(UserError, match="backend 'gpus' is unknown; choose one of auto, xla, tpu"):
+    with pytest.raises(UserError, match="backend 'gpus' is unknown; choose one of auto, xla, tpu, gpu"):
         kernels(R2, "gpus")
 
 

@@ -44,18 +44,23 @@ class How:
 
 
 def fits(spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -> bool:
-    """Whether the kernels compute this attention; float32 is for the interpreter only."""
+    """Whether the kernels compute this attention: bfloat16, and float32 where they are interpreted."""
     widths = 16 <= head_dim <= LONGEST and head_dim & (head_dim - 1) == 0
-    return spec.converted and gpu_phi.fits(spec.feature_map) and widths and dtype in (jnp.bfloat16, jnp.float32)
+    dtypes = (jnp.bfloat16,) if _has_gpu() else (jnp.bfloat16, jnp.float32)
+    return spec.converted and gpu_phi.fits(spec.feature_map) and widths and dtype in dtypes
 
 
-def compiled() -> bool:
-    """Whether this process has a GPU, so that kernels are compiled and not interpreted."""
+def tuned() -> bool:
+    """Whether the default tiles are meant for this GPU; they need the 227 KiB of shared memory that Hopper has."""
+    return jax.devices()[0].compute_capability == "9.0"
+
+
+def _has_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
 def _how(spec: AttentionSpec, grid: Grid, sizes: Tiles | None, softmax: str | None, interpret: bool | None) -> How:
-    interpret = not compiled() if interpret is None else interpret
+    interpret = not _has_gpu() if interpret is None else interpret
     return How(spec, grid, sizes or Tiles(), softmax or ("triton" if interpret else "cudnn"), interpret)
 
 

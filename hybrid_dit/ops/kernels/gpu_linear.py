@@ -4,10 +4,10 @@
 whose sums are then added in a fixed order: no atomics, the same bits every time. `read` goes over tiles of queries and
 writes Eq. 5's output, with the softmax part's sums given, or the linear part's own sums.
 
-Floor, multiply-adds a token and head at D = 128, F = hidden = 256: φ 98,304, state and read-out 32,768 each, the read-out
-twice as the state has two 16-bit parts, φ_k's first layer once per power. So 163,840 in each kernel, 0.26 TFLOP together
-for 32,760 tokens and 12 heads: 0.33 ms at the 780 TFLOP/s that an H100 reaches at best. Element-wise work takes about as
-long where it doesn't overlap. Memory: q, k, v in, y out, 0.4 GB, 0.12 ms.
+Floor, multiply-adds a token and head at D = 128, F = hidden = 256: φ 98,304, state and read-out 32,768 each, the
+read-out twice as the state has two 16-bit parts, φ_k's first layer once per power. So 163,840 in each kernel, 0.26 TFLOP
+together for 32,760 tokens and 12 heads: 0.33 ms at the 780 TFLOP/s that an H100 reaches at best. Element-wise work
+takes about as long where it doesn't overlap. Memory: q, k, v in, y out, 0.4 GB, 0.12 ms.
 """
 
 import functools
@@ -19,11 +19,11 @@ from jax.experimental import pallas as pl
 from hybrid_dit.array_typing import Array, Float
 from hybrid_dit.ops.kernels import gpu_phi
 from hybrid_dit.ops.kernels import gpu_tiles as tiles
-from hybrid_dit.ops.kernels.gpu_tiles import Tiles, dot
+from hybrid_dit.ops.kernels.gpu_tiles import Tile, Tiles, dot
 from hybrid_dit.ops.spec import FeatureMapSpec
 
 Weights = tuple[Array, Array, Array, Array]  # of one map, from `gpu_phi.operands`
-State = tuple[Array, Array]  # parts [b, h, parts, f, d] in the inputs' dtype, whose sum it is; normaliser [b, h, f] float32
+State = tuple[Array, Array]  # parts [b, h, parts, f, d] in the inputs' dtype, to be added; normaliser [b, h, f] float32
 
 
 def state(
@@ -125,7 +125,7 @@ def read(
     Returns:
         (quotient or numerator, denominator in float32).
     """
-    (b, n, heads, d), tile = q.shape, sizes.read
+    (b, n, heads, _), tile = q.shape, sizes.read
     out = jax.ShapeDtypeStruct(q.shape, q.dtype if divide else jnp.float32)
     denominator = jax.ShapeDtypeStruct((b, heads, n), jnp.float32)
     softmax = () if softmax is None else softmax
@@ -148,7 +148,7 @@ def read(
 
 def _read_kernel(q_ref, softmax, weights, sums, out_ref, denominator_ref, *, phi, tile, divide):
     start = pl.program_id(0) * tile.rows
-    numerator, denominator = linear_sums(tiles.rows(q_ref, start, tile.rows), weights, sums, phi, tile.chunk)
+    numerator, denominator = linear_sums(tiles.rows(q_ref, start, tile.rows), weights, sums, phi, tile)
     if softmax:
         weight = tiles.rows(softmax[1], start, tile.rows)
         numerator += tiles.rows(softmax[0], start, tile.rows).astype(jnp.float32) * weight[:, None]
@@ -159,14 +159,12 @@ def _read_kernel(q_ref, softmax, weights, sums, out_ref, denominator_ref, *, phi
     tiles.store_rows(denominator_ref, start, denominator)
 
 
-def linear_sums(q: Array, weights, sums, phi: gpu_phi.Phi, chunk: int) -> tuple[Array, Array]:
+def linear_sums(q: Array, weights, sums, phi: gpu_phi.Phi, tile: Tile) -> tuple[Array, Array]:
     """Numerator [t, d] and denominator [t] of the linear part for a tile of queries, float32, in a kernel."""
     state_ref, normaliser_ref = sums
-    d = q.shape[1]
     numerator, denominator = jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:1], jnp.float32)
-    for power, y in enumerate(phi.pre_activations(q, weights, chunk)):
+    for power, of_power, y in phi.each_power(q, weights, tile):
         features = phi.features(y, power).astype(q.dtype)
-        of_power = pl.ds(power * d, d)
         for part in range(state_ref.shape[0]):
             numerator += dot(features, state_ref[part, of_power, :])
         denominator += (features.astype(jnp.float32) * normaliser_ref[of_power][None]).sum(axis=1)

@@ -5,17 +5,18 @@ With n_i = φ_q(q_i) S and l_i = φ_q(q_i)·z, the numerator and denominator of 
     dφ_q(q_i) = dn_i Sᵀ + dl_i z                  dS = Σ_i φ_q(q_i)ᵀ dn_i,  dz = Σ_i dl_i φ_q(q_i)        `query`
     dφ_k(k_j) = v_j dSᵀ + dz                      dv_j = φ_k(k_j) dS           for j in L                 `key`
 
-Both write the cotangent dy of φ's pre-activations (16 bits, [b, h, n, f]) from which, for either map x -> gelu(x w0 + b0) w1 + b1,
+Both write the cotangent dy of φ's pre-activations (in 16 bits, [b, h, n, f]). With the map x -> gelu(a) w1 + b1 where
+a = x w0 + b0 and h = gelu(a), there follow from it
 
     dw1 = hᵀ dy,  da = (dy w1ᵀ) gelu'(a),  dw0 = xᵀ da, and column sums for the biases                   `parameters`
     dx = da w0ᵀ                                                                                           `inputs`
 
-follow. Distillation needs the first three only. Sums over tokens are taken by several programs and added in a fixed order.
+(b1's by XLA). Distillation needs no `inputs`. Sums over tokens are taken by several programs and added in a fixed order.
 
-Floor, multiply-adds a token and head at D = 128, F = hidden = 256: `query` 196,608 (the first layer once per power), `key`
-131,072 and 32,768 more for dv, `parameters` 196,608 for each map, `inputs` 131,072 for each: 0.57 TFLOP for stage 1 and
-0.8 for stage 3 with 32,760 tokens and 12 heads, 0.7 and 1.0 ms at 780 TFLOP/s. Memory: dy, 0.2 GB, is written once
-and read (hidden / chunk) times, all but one of them from the L2 cache if programs of one chunk run side by side.
+Floor, multiply-adds a token and head at D = 128, F = hidden = 256: `query` 196,608 (the first layer once per power),
+`key` 131,072 and 32,768 more for dv, `parameters` 196,608 for each map, `inputs` 131,072 for each: 0.57 TFLOP for
+stage 1 and 0.8 for stage 3 with 32,760 tokens and 12 heads, 0.7 and 1.0 ms at 780 TFLOP/s. Memory: dy, 0.2 GB, is
+written once and read (hidden / chunk) times, mostly from the L2 cache if programs of one chunk run side by side.
 """
 
 import functools
@@ -159,10 +160,8 @@ def _key_kernel(k_ref, v_ref, keep_ref, weights, s_ref, z_ref, dy_ref, dv_ref=No
     start = pl.program_id(0) * tile.rows
     k, v = (tiles.rows(x, start, tile.rows) for x in (k_ref, v_ref))
     keep = tiles.rows(keep_ref, start, tile.rows)[:, None] > 0
-    d = k.shape[1]
     dv = jnp.zeros(v.shape, jnp.float32)
-    for power, y in enumerate(phi.pre_activations(k, weights, tile.chunk)):
-        of_power = pl.ds(power * d, d)
+    for power, of_power, y in phi.each_power(k, weights, tile):
         s, z = s_ref[of_power, :], z_ref[of_power]
         features, slope = phi.features_and_slope(y, power)
         dy = jnp.where(keep, (dot(v, s.T) + z[None]) * slope, 0.0)
@@ -182,7 +181,7 @@ def parameters(
     interpret: bool,
 ) -> tuple[Array, Array, Array, Array]:
     """Gradients of w0 [h, d, hidden], b0 [h, hidden], w1 [h, hidden, f], b1 [h, f], float32; hidden as in `weights`."""
-    (b, n, heads, d), tile, f = x.shape, sizes.weights, dy.shape[-1]
+    (b, _, heads, d), tile, f = x.shape, sizes.weights, dy.shape[-1]
     w0, b0, w1, _ = weights
     hidden, chunk, columns = w0.shape[-1], tile.chunk, tiles.COLUMNS
     chunks = hidden // chunk
@@ -199,10 +198,10 @@ def parameters(
         (out(d, chunk, lambda i: (0, chunk_of(i))), (d, hidden)),
         (out(chunk, columns, lambda i: (chunk_of(i), 0)), (hidden, columns)),
         (out(chunk, f, lambda i: (chunk_of(i), 0)), (hidden, f)),
-        (out(f, columns, lambda i: (chunk_of(i), 0)), (chunks * f, columns)),  # every chunk's program has all of b1
     ]
+    phi = gpu_phi.make(spec, x.dtype, interpret)
     outs = pl.pallas_call(
-        functools.partial(_parameters_kernel, phi=gpu_phi.make(spec, x.dtype, interpret), tile=tile, each=each, chunks=chunks),
+        functools.partial(_parameters_kernel, phi=phi, tile=tile, each=each, chunks=chunks),
         grid=(chunks * share, heads, b),
         in_specs=[
             *(tiles.tokens_spec(x), tiles.vector_spec(dy)),
@@ -216,11 +215,12 @@ def parameters(
         interpret=interpret,
         name="hybrid_parameters_backward",
     )(x, dy, w0, b0, w1)
-    dw0, db0, dw1, db1 = (o.sum(axis=(0, 1)) for o in outs)
-    return dw0, db0[..., 0], dw1, db1[:, :f, 0]
+    dw0, db0, dw1 = (o.sum(axis=(0, 1)) for o in outs)
+    # Another look at dy takes as long as this sum would in every program, each of which has all of dy.
+    return dw0, db0[..., 0], dw1, dy.sum(axis=(0, 2), dtype=jnp.float32)
 
 
-def _parameters_kernel(x_ref, dy_ref, w0_ref, b0_ref, w1_ref, dw0_ref, db0_ref, dw1_ref, db1_ref, *, phi, tile, each, chunks):
+def _parameters_kernel(x_ref, dy_ref, w0_ref, b0_ref, w1_ref, dw0_ref, db0_ref, dw1_ref, *, phi, tile, each, chunks):
     d, slices = x_ref.shape[1], dy_ref.shape[1] // x_ref.shape[1]
     parts = [pl.ds(s * d, d) for s in range(slices)]
     first = jax.lax.div(pl.program_id(0), chunks) * each
@@ -228,7 +228,7 @@ def _parameters_kernel(x_ref, dy_ref, w0_ref, b0_ref, w1_ref, dw0_ref, db0_ref, 
     ones = jnp.ones((tile.rows, tiles.COLUMNS), x_ref.dtype)
 
     def step(t, sums):
-        dw0, db0, dw1, db1 = sums
+        dw0, db0, dw1 = sums
         start = (first + t) * tile.rows
         x = tiles.rows(x_ref, start, tile.rows)
         dys = [tiles.rows(dy_ref, start, tile.rows, part) for part in parts]
@@ -239,7 +239,6 @@ def _parameters_kernel(x_ref, dy_ref, w0_ref, b0_ref, w1_ref, dw0_ref, db0_ref, 
             dw0 + dot(x.T, da),
             db0 + dot(da.T, ones),
             tuple(dw + dot(h, dy) for dw, dy in zip(dw1, dys)),
-            tuple(db + dot(dy.T, ones) for db, dy in zip(db1, dys)),
         )
 
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
@@ -247,11 +246,10 @@ def _parameters_kernel(x_ref, dy_ref, w0_ref, b0_ref, w1_ref, dw0_ref, db0_ref, 
         zeros((d, tile.chunk)),
         zeros((tile.chunk, tiles.COLUMNS)),
         (zeros((tile.chunk, d)),) * slices,
-        (zeros((d, tiles.COLUMNS)),) * slices,
     )
-    dw0_ref[...], db0_ref[...], dw1, db1 = jax.lax.fori_loop(0, each, step, sums)
-    for part, dw, db in zip(parts, dw1, db1):
-        dw1_ref[:, part], db1_ref[part, :] = dw, db
+    dw0_ref[...], db0_ref[...], dw1 = jax.lax.fori_loop(0, each, step, sums)
+    for part, dw in zip(parts, dw1):
+        dw1_ref[:, part] = dw
 
 
 def inputs(

@@ -2,13 +2,14 @@
 
 A tile's φ is computed as flash attention computes its output: a loop over chunks of hidden units, each of which exists
 in registers only, with the pre-activations of φ as accumulators, one [t, d] for each power of the polynomial. (Triton
-can't slice a value in registers, hence an accumulator per power.) Weights, 192 KiB a head and map at D = 128, P = 2, don't
-fit beside everything else; they come from the L2 cache for every tile. At 32,760 tokens and 12 heads and with tiles of
-128 tokens that is 0.6 GB, a tenth of a millisecond that runs beside the products.
+can't slice a value in registers, hence an accumulator per power.) Weights, 192 KiB a head and map at D = 128, P = 2,
+don't fit beside everything else; they come from the L2 cache for every tile. At 32,760 tokens and 12 heads and with
+tiles of 128 tokens that is 0.6 GB, a tenth of a millisecond that runs beside the products.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from hybrid_dit.array_typing import Array, DTypeLike, PyTree
 from hybrid_dit.ops import feature_maps
-from hybrid_dit.ops.kernels.gpu_tiles import LONGEST, dot
+from hybrid_dit.ops.kernels.gpu_tiles import LONGEST, Tile, dot
 from hybrid_dit.ops.spec import FeatureMapSpec
 
 LOG2E = math.log2(math.e)
@@ -35,7 +36,7 @@ def fits(spec: FeatureMapSpec) -> bool:
 
 
 def operands(phi: PyTree, dtype: DTypeLike) -> tuple[Array, Array, Array, Array]:
-    """(w0 [h, d, hidden], b0 [h, hidden], w1 [h, hidden, f], b1 [h, f]) of one map: matrices in `dtype`, biases float32.
+    """w0 [h, d, hidden], b0 [h, hidden], w1 [h, hidden, f], b1 [h, f] of one map: matrices in `dtype`, biases float32.
 
     Hidden units are padded to a multiple of `LONGEST` with zeros, which gelu keeps.
     """
@@ -125,26 +126,39 @@ class Phi:
             case name:
                 raise NotImplementedError(name)
 
-    def pre_activations(self, x: Array, refs, chunk: int) -> list[Array]:
-        """gelu(x w0 + b0) w1 + b1 of a tile [t, d], split into slices of width d: float32 [t, d] each.
+    def pre_activations(self, x: Array, refs, chunk: int, parts: Sequence | None = None) -> list[Array]:
+        """gelu(x w0 + b0) w1 + b1 of a tile [t, d], in slices of width d: float32 [t, d] each.
 
         Args:
             x: the tile.
-            refs: w0 [d, hidden], b0 [hidden], w1 [hidden, s·d], b1 [s·d] of one head, with s slices of the output.
+            refs: w0 [d, hidden], b0 [hidden], w1 [hidden, s·d], b1 [s·d] of one head.
             chunk: hidden units at a time.
+            parts: the columns of w1 to take, a `pl.ds` for each slice; all of them unless given.
         """
         w0, b0, w1, b1 = refs
-        t, d = x.shape
-        slices = w1.shape[1] // d
+        parts = _slices(x, w1) if parts is None else parts
 
         def step(j, ys):
             hidden = pl.ds(j * chunk, chunk)
             h = self.gelu(dot(x, w0[:, hidden]) + b0[hidden][None]).astype(x.dtype)
-            return tuple(y + dot(h, w1[hidden, pl.ds(s * d, d)]) for s, y in enumerate(ys))
+            return tuple(y + dot(h, w1[hidden, part]) for y, part in zip(ys, parts))
 
-        zeros = tuple(jnp.zeros((t, d), jnp.float32) for _ in range(slices))
+        zeros = (jnp.zeros(x.shape, jnp.float32),) * len(parts)
         ys = jax.lax.fori_loop(0, w0.shape[1] // chunk, step, zeros)
-        return [y + b1[pl.ds(s * d, d)][None] for s, y in enumerate(ys)]
+        return [y + b1[part][None] for y, part in zip(ys, parts)]
+
+    def each_power(self, x: Array, refs, tile: Tile):
+        """Yields (power, its columns of the features, pre-activations [t, d]) for all powers, ready when asked for."""
+        parts = _slices(x, refs[2])
+        ys = [] if tile.passes else self.pre_activations(x, refs, tile.chunk, parts)
+        for power, part in enumerate(parts):
+            yield power, part, self.pre_activations(x, refs, tile.chunk, [part])[0] if tile.passes else ys[power]
+
+
+def _slices(x: Array, w1) -> list:
+    """A `pl.ds` of width d for every power."""
+    d = x.shape[1]
+    return [pl.ds(power * d, d) for power in range(w1.shape[1] // d)]
 
 
 def make(spec: FeatureMapSpec, dtype: DTypeLike, interpret: bool) -> Phi:

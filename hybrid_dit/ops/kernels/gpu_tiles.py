@@ -23,12 +23,15 @@ class Tile:
         chunk: hidden units, or keys of softmax, that a step of the inner loop takes.
         warps: of 32 threads.
         stages: of the software pipeline that loads what the loop takes next.
+        passes: whether `read` and `key` go over the hidden units once for each power of φ: a quarter more products at
+            P = 2, but half as many accumulators.
     """
 
     rows: int = 128
     chunk: int = 64
     warps: int = 8
     stages: int = 2
+    passes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +51,15 @@ class Tiles:
         programs: about how many programs share the sums over tokens, two for each of 132 multiprocessors.
     """
 
-    state: Tile = Tile(rows=64)
+    state: Tile = Tile()
     read: Tile = Tile()
     query: Tile = Tile(rows=64)
     key: Tile = Tile(rows=64)
-    weights: Tile = Tile(rows=64)
-    inputs: Tile = Tile(rows=64)
-    softmax: Tile = Tile(stages=3)
+    weights: Tile = Tile(chunk=32)
+    inputs: Tile = Tile(chunk=32)
+    softmax: Tile = Tile(chunk=128)
     softmax_dq: Tile = Tile()
-    softmax_dkv: Tile = Tile(rows=64, chunk=128)
+    softmax_dkv: Tile = Tile(chunk=32)
     programs: int = 264
 
 
