@@ -12,6 +12,7 @@ for a program. Spilled bytes are per thread.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import subprocess
@@ -54,7 +55,8 @@ for path in sys.argv[1:]:
 
 def kernels(function, *args):
     """Yields (name, warps, stages, Triton IR) of every kernel in `function`, lowered for CUDA."""
-    module = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    with hopper():
+        module = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     context = lowering._new_ir_context()
     seen = set()
     for call in _custom_calls(module.operation):
@@ -70,6 +72,14 @@ def kernels(function, *args):
                 text = ir.Module.parse(code).operation.get_asm(enable_debug_info=False)
             number = {key: ir.IntegerAttr(config[key]).value for key in ("num_warps", "num_stages")}
             yield ir.StringAttr(config["name"]).value, number["num_warps"], number["num_stages"], text
+
+
+def hopper():
+    """Tells JAX what GPU to lower for, where there is none; versions before 0.11 take Hopper by themselves."""
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
 
 
 def _custom_calls(operation):

@@ -5,9 +5,9 @@ whose sums are then added in a fixed order: no atomics, the same bits every time
 writes Eq. 5's output, with the softmax part's sums given, or the linear part's own sums.
 
 Floor, multiply-adds a token and head at D = 128, F = hidden = 256: φ 98,304, state and read-out 32,768 each, the
-read-out twice as the state has two 16-bit parts, φ_k's first layer once per power. So 163,840 in each kernel, 0.26 TFLOP
-together for 32,760 tokens and 12 heads: 0.33 ms at the 780 TFLOP/s that an H100 reaches at best. Element-wise work
-takes about as long where it doesn't overlap. Memory: q, k, v in, y out, 0.4 GB, 0.12 ms.
+read-out twice as the state has two 16-bit parts, φ_k's first layer once per power. So 163,840 in each kernel, 0.26
+TFLOP together for 32,760 tokens and 12 heads: 0.33 ms at the 780 TFLOP/s that an H100 reaches at best. Element-wise
+work takes about as long where it doesn't overlap. Memory: q, k, v in, y out, 0.4 GB, 0.12 ms.
 """
 
 import functools

@@ -11,7 +11,7 @@ a = x w0 + b0 and h = gelu(a), there follow from it
     dw1 = hᵀ dy,  da = (dy w1ᵀ) gelu'(a),  dw0 = xᵀ da, and column sums for the biases                   `parameters`
     dx = da w0ᵀ                                                                                           `inputs`
 
-(b1's by XLA). Distillation needs no `inputs`. Sums over tokens are taken by several programs and added in a fixed order.
+(b1's by XLA). Distillation needs no `inputs`. Sums over tokens are taken by several programs and added in fixed order.
 
 Floor, multiply-adds a token and head at D = 128, F = hidden = 256: `query` 196,608 (the first layer once per power),
 `key` 131,072 and 32,768 more for dv, `parameters` 196,608 for each map, `inputs` 131,072 for each: 0.57 TFLOP for
@@ -183,22 +183,19 @@ def parameters(
     """Gradients of w0 [h, d, hidden], b0 [h, hidden], w1 [h, hidden, f], b1 [h, f], float32; hidden as in `weights`."""
     (b, _, heads, d), tile, f = x.shape, sizes.weights, dy.shape[-1]
     w0, b0, w1, _ = weights
-    hidden, chunk, columns = w0.shape[-1], tile.chunk, tiles.COLUMNS
+    hidden, chunk = w0.shape[-1], tile.chunk
     chunks = hidden // chunk
     share, each = tiles.splits(sizes.programs, b * heads * chunks, dy.shape[2] // tile.rows)
 
     def chunk_of(i):
         return jax.lax.rem(i, chunks)
 
-    def out(rows, cols, index):  # a part [rows, cols] of each program, at (row, column) `index` of its head's sum
-        block = pl.BlockSpec((None, None, None, rows, cols), lambda i, h, b: (jax.lax.div(i, chunks), b, h, *index(i)))
-        return block
+    def out_spec(x):  # the columns of [programs, b, h, ..., hidden] that a program's chunk makes
+        block = (None, None, None, *x.shape[3:-1], chunk)
+        middle = (0,) * (len(x.shape) - 4)
+        return pl.BlockSpec(block, lambda i, h, b: (jax.lax.div(i, chunks), b, h, *middle, chunk_of(i)))
 
-    specs_and_shapes = [
-        (out(d, chunk, lambda i: (0, chunk_of(i))), (d, hidden)),
-        (out(chunk, columns, lambda i: (chunk_of(i), 0)), (hidden, columns)),
-        (out(chunk, f, lambda i: (chunk_of(i), 0)), (hidden, f)),
-    ]
+    sums = [jax.ShapeDtypeStruct((share, b, heads, *x), jnp.float32) for x in ((d, hidden), (hidden,), (f, hidden))]
     phi = gpu_phi.make(spec, x.dtype, interpret)
     outs = pl.pallas_call(
         functools.partial(_parameters_kernel, phi=phi, tile=tile, each=each, chunks=chunks),
@@ -209,15 +206,15 @@ def parameters(
             pl.BlockSpec((None, chunk), lambda i, h, b: (h, chunk_of(i))),
             pl.BlockSpec((None, chunk, f), lambda i, h, b: (h, chunk_of(i), 0)),
         ],
-        out_specs=[spec for spec, _ in specs_and_shapes],
-        out_shape=[jax.ShapeDtypeStruct((share, b, heads, *s), jnp.float32) for _, s in specs_and_shapes],
+        out_specs=[out_spec(x) for x in sums],
+        out_shape=sums,
         compiler_params=tiles.params(tile),
         interpret=interpret,
         name="hybrid_parameters_backward",
     )(x, dy, w0, b0, w1)
     dw0, db0, dw1 = (o.sum(axis=(0, 1)) for o in outs)
     # Another look at dy takes as long as this sum would in every program, each of which has all of dy.
-    return dw0, db0[..., 0], dw1, dy.sum(axis=(0, 2), dtype=jnp.float32)
+    return dw0, db0, dw1.swapaxes(1, 2), dy.sum(axis=(0, 2), dtype=jnp.float32)
 
 
 def _parameters_kernel(x_ref, dy_ref, w0_ref, b0_ref, w1_ref, dw0_ref, db0_ref, dw1_ref, *, phi, tile, each, chunks):
@@ -225,7 +222,6 @@ def _parameters_kernel(x_ref, dy_ref, w0_ref, b0_ref, w1_ref, dw0_ref, db0_ref, 
     parts = [pl.ds(s * d, d) for s in range(slices)]
     first = jax.lax.div(pl.program_id(0), chunks) * each
     w0, b0, w1 = w0_ref[...], b0_ref[...], [w1_ref[:, part] for part in parts]
-    ones = jnp.ones((tile.rows, tiles.COLUMNS), x_ref.dtype)
 
     def step(t, sums):
         dw0, db0, dw1 = sums
@@ -233,23 +229,21 @@ def _parameters_kernel(x_ref, dy_ref, w0_ref, b0_ref, w1_ref, dw0_ref, db0_ref, 
         x = tiles.rows(x_ref, start, tile.rows)
         dys = [tiles.rows(dy_ref, start, tile.rows, part) for part in parts]
         h, slope = phi.gelu_and_slope(dot(x, w0) + b0[None])
-        h = h.astype(x.dtype).T
-        da = (sum(dot(dy, w.T) for dy, w in zip(dys, w1)) * slope).astype(x.dtype)
-        return (
-            dw0 + dot(x.T, da),
-            db0 + dot(da.T, ones),
-            tuple(dw + dot(h, dy) for dw, dy in zip(dw1, dys)),
-        )
+        h = h.astype(x.dtype)
+        da = sum(dot(dy, w.T) for dy, w in zip(dys, w1)) * slope
+        # dw1 transposed: the matrix unit's first operand has at least 64 rows, and a chunk may have 32.
+        dw1 = tuple(dw + dot(dy.T, h) for dw, dy in zip(dw1, dys))
+        return dw0 + dot(x.T, da.astype(x.dtype)), db0 + da.sum(axis=0), dw1
 
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     sums = (
         zeros((d, tile.chunk)),
-        zeros((tile.chunk, tiles.COLUMNS)),
-        (zeros((tile.chunk, d)),) * slices,
+        zeros((tile.chunk,)),
+        (zeros((d, tile.chunk)),) * slices,
     )
     dw0_ref[...], db0_ref[...], dw1 = jax.lax.fori_loop(0, each, step, sums)
     for part, dw in zip(parts, dw1):
-        dw1_ref[:, part] = dw
+        dw1_ref[part, :] = dw
 
 
 def inputs(

@@ -84,8 +84,10 @@ def softmax_sums(q: Array, k_ref, v_ref, chunk: int) -> tuple[Array, Array, Arra
 
     # The first tile is never empty, so the maximum is finite after it.
     sums = jnp.zeros((t, d), jnp.float32), jnp.zeros((t,), jnp.float32), jnp.full((t,), -jnp.inf, jnp.float32)
-    sums = jax.lax.fori_loop(0, m // chunk, step, sums)
-    sums = jax.lax.fori_loop(m // chunk, pl.cdiv(m, chunk), functools.partial(step, masked=True), sums)
+    if m >= chunk:
+        sums = jax.lax.fori_loop(0, m // chunk, step, sums)
+    if m % chunk:
+        sums = jax.lax.fori_loop(m // chunk, pl.cdiv(m, chunk), functools.partial(step, masked=True), sums)
     return sums[0], sums[1], sums[2] * d**-0.5
 
 

@@ -55,7 +55,7 @@ class Tiles:
     read: Tile = Tile()
     query: Tile = Tile(rows=64)
     key: Tile = Tile(rows=64)
-    weights: Tile = Tile(chunk=32)
+    weights: Tile = Tile(rows=64, chunk=32)
     inputs: Tile = Tile(chunk=32)
     softmax: Tile = Tile(chunk=128)
     softmax_dq: Tile = Tile()
