@@ -16,7 +16,8 @@ from test_hybrid import U16, U32
 from hybrid_dit import surgery
 from hybrid_dit.ops import feature_maps, hybrid
 from hybrid_dit.ops.kernels import gpu_hybrid, gpu_softmax
-from hybrid_dit.ops.kernels.gpu_tiles import Tile, Tiles
+from hybrid_dit.ops.kernels.gpu_tiles import Tile, Tiles, splits
+from hybrid_dit.ops.softmax import softmax_attention
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -79,27 +80,29 @@ def test_values_and_vjp_match_the_oracle(spec):
 def test_no_linear_tokens_is_softmax():
     spec, grid = AttentionSpec("hybrid", 1), (1, 2, 3)  # fewer tokens than a tile has
     point = make_point(spec, (grid, 1, 1, 1))
+
+    def vjp(f, *args):
+        y, backward = jax.vjp(f, *args)
+        return y, *backward(jnp.ones_like(y))
+
     run = partial(gpu_hybrid.attention, spec=spec, grid=grid, sizes=SMALL)
-    y, vjp = jax.vjp(run, *point)
-    expected, plain = jax.vjp(partial(hybrid.attention, spec=AttentionSpec(), grid=grid), *point[:3], {})
-    *ours, phi = vjp(jnp.ones_like(y))
+    *ours, phi = jax.jit(partial(vjp, run))(*point)
     assert not any(g.any() for g in jax.tree.leaves(phi))
-    for a, b in zip([y, *ours], [expected, *plain(jnp.ones_like(y))]):
+    for a, b in zip(ours, jax.jit(partial(vjp, softmax_attention))(*point[:3])):
         # Sums over 6 keys of terms of size 1, two programs' roundings each.
         np.testing.assert_allclose(a, b, rtol=0, atol=32 * U32)
 
 
-@pytest.mark.parametrize("spec", [MAX, LINEAR], ids=harness.name_of)
-def test_bfloat16_is_no_worse_than_plain_xla(spec):
+def test_bfloat16_is_no_worse_than_plain_xla():
     """Root mean squares of the output and of every leaf's gradient; the margin is the issue's."""
-    point = make_point(spec, dtype=jnp.bfloat16)
+    point = make_point(MAX, dtype=jnp.bfloat16)
     cotangent = cotangent_of(point)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), (point, cotangent))
     # Its derivative was compared with the oracle's above, to 1e-5; bfloat16 makes errors of 1e-3.
-    expected = jax.tree.leaves(compiled(spec)(*exact))
+    expected = jax.tree.leaves(compiled(MAX)(*exact))
     fused, plain = (
         [np.linalg.norm(oracle.float64(a) - oracle.float64(b)) for a, b in zip(jax.tree.leaves(out), expected)]
-        for out in (compiled(spec, "bfloat16", b)(point, cotangent) for b in ("gpu", "xla"))
+        for out in (compiled(MAX, "bfloat16", b)(point, cotangent) for b in ("gpu", "xla"))
     )
     for ours, xla, of in zip(fused, plain, expected):
         assert ours <= 1.5 * xla and xla <= 16 * U16 * np.linalg.norm(of)
@@ -135,24 +138,26 @@ def test_one_part_vanishes(spec, bias):
 
 
 def test_under_vmap_checkpoint_and_shard_map():
-    """Four blocks with maps of their own, two to a device."""
-    spec, grid, blocks = AttentionSpec("hybrid", 2, stabiliser="lse"), (1, 5, 7), 4
-    points = [make_point(spec, (grid, 2, 1, 1), seed=seed) for seed in range(blocks)]
+    """Blocks with maps of their own, one to a device: each gets what it gets alone."""
+    points = [make_point(MAX, seed=seed) for seed in (0, 1)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *points)
-    run = partial(gpu_hybrid.attention, spec=spec, grid=grid, sizes=SMALL)
 
-    def gradient(f, point):
-        return jax.grad(lambda p: jnp.sin(jax.checkpoint(f)(*p)).sum())(point)
+    def gradient(point):
+        run = jax.checkpoint(partial(gpu_hybrid.attention, spec=MAX, grid=GRID, sizes=SMALL))
+        return jax.vjp(run, *point)[1](cotangent_of(point))
 
     mesh, split = Mesh(jax.devices()[:2], ("x",)), PartitionSpec("x")
-    ours = partial(jax.vmap, in_axes=0)(partial(gradient, run))
-    ours = jax.jit(jax.shard_map(ours, mesh=mesh, in_specs=(split,), out_specs=split, check_vma=False))(stacked)
-    plain = jax.vmap(partial(gradient, partial(hybrid.attention, spec=spec, grid=grid, backend="xla")))(stacked)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
-        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+    run = jax.shard_map(jax.vmap(gradient), mesh=mesh, in_specs=(split,), out_specs=split, check_vma=False)
+    ours = jax.jit(run)(stacked)
+    for i, point in enumerate(points):
+        _, alone = compiled(MAX)(point, cotangent_of(point))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(tuple(alone))):
+            assert np.linalg.norm(a[i] - b) <= 1e-6 * np.linalg.norm(b)
 
 
 # The linear part of stage 1
+
+SHORT = AttentionSpec("hybrid", 2, feature_map=FeatureMapSpec(degree=1))
 
 
 def loss(phi, qkv, teacher, spec, grid, backend):
@@ -162,12 +167,12 @@ def loss(phi, qkv, teacher, spec, grid, backend):
 
 def test_stage_one_gets_the_same_loss_and_gradient():
     """With tokens that pad the grid's, and blocks side by side as in distillation."""
-    spec, grid, padded = MAX, (1, 5, 7), (1, 5, 8)
-    points = [make_point(spec, (padded, 2, 1, 1), seed=seed) for seed in (0, 1)]
+    grid, padded = (1, 5, 7), (1, 5, 8)
+    points = [make_point(SHORT, (padded, 2, 1, 1), seed=seed) for seed in (0, 1)]
     q, k, v, phi = jax.tree.map(lambda *x: jnp.stack(x), *points)
 
     def run(backend):
-        f = jax.value_and_grad(partial(loss, spec=spec, grid=grid, backend=backend), has_aux=True)
+        f = jax.value_and_grad(partial(loss, spec=SHORT, grid=grid, backend=backend), has_aux=True)
         return jax.jit(jax.vmap(f))(phi, (q, k, v), v)
 
     for a, b in zip(jax.tree.leaves(run("gpu")), jax.tree.leaves(run("xla"))):
@@ -175,45 +180,26 @@ def test_stage_one_gets_the_same_loss_and_gradient():
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
-def kernels(f, *args):
-    """Names of the kernels in a program."""
-    found = []
-
-    def visit(jaxpr):
-        for e in jaxpr.eqns:
-            if e.primitive.name == "pallas_call":
-                found.append(e.params["name"])
-            jax.tree.map(visit, jax.core.jaxprs_in_params(e.params))
-
-    visit(jax.make_jaxpr(f)(*args).jaxpr)
-    return found
-
-
-def test_gradients_in_q_k_v_are_made_only_where_asked_for():
-    point = make_point(MAX)
-
-    def f(phi, q, k, v):
-        numerator, denominator = hybrid.linear_part(q, k, v, phi, MAX, GRID, "gpu")
-        return (numerator / (1 + denominator[..., None])).sum()
-
-    args = point.phi, *point[:3]
-    of_phi, of_all = (kernels(jax.grad(f, argnums), *args) for argnums in (0, (0, 1, 2, 3)))
-    assert "hybrid_inputs_backward" not in of_phi and of_phi.count("hybrid_parameters_backward") == 2
-    assert of_all.count("hybrid_inputs_backward") == 2
+def total(phi, q, k, v, backend):
+    numerator, denominator = hybrid.linear_part(q, k, v, phi, SHORT, (1, 5, 7), backend)
+    return (numerator / (1 + denominator[..., None])).sum()
 
 
 def test_all_gradients_of_the_linear_part():
-    point = make_point(LINEAR)
-
-    def run(backend):
-        def f(*args):
-            numerator, denominator = hybrid.linear_part(*args, LINEAR, GRID, backend)
-            return (numerator / (1 + denominator[..., None])).sum()
-
-        return jax.jit(jax.grad(f, (0, 1, 2, 3)))(*point)
-
-    for a, b in zip(jax.tree.leaves(run("gpu")), jax.tree.leaves(run("xla"))):
+    q, k, v, phi = make_point(SHORT, ((1, 5, 7), 2, 1, 1))
+    ours, plain = (jax.jit(jax.grad(partial(total, backend=b), (0, 1, 2, 3)))(phi, q, k, v) for b in ("gpu", "xla"))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+def test_gradients_in_q_k_v_are_made_only_where_asked_for():
+    q, k, v, phi = make_point(SHORT, ((1, 5, 7), 2, 1, 1))
+
+    def counts(argnums):
+        text = str(jax.make_jaxpr(jax.grad(partial(total, backend="gpu"), argnums))(phi, q, k, v))
+        return [text.count(f"name=hybrid_{x}_backward") for x in ("query", "key", "parameters", "inputs")]
+
+    assert counts(0) == [1, 1, 2, 0] and counts((0, 1, 2, 3)) == [1, 1, 2, 2]
 
 
 # Without a GPU
@@ -236,7 +222,7 @@ def test_kernels_lower_to_triton_at_full_size(n):
     with hopper():
         text = f.trace(x, x, x, phi).lower(lowering_platforms=("cuda",)).as_text()
     # state, softmax, read; query, key, 2 x parameters, 2 x inputs, dq, dkv
-    assert text.count('call_target_name = "__gpu$xla.gpu.triton"') == 11 or text.count("gpu.triton") == 11
+    assert text.count("@__gpu$xla.gpu.triton") == 11
 
 
 def test_cudnn_backward_is_given_the_total_output_and_normaliser(monkeypatch):
@@ -259,8 +245,6 @@ def test_cudnn_backward_is_given_the_total_output_and_normaliser(monkeypatch):
 
 
 def test_tiles_cover_all_rows_once():
-    from hybrid_dit.ops.kernels.gpu_tiles import splits
-
     for programs, heads, tiles in ((264, 24, 512), (264, 96, 256), (264, 24, 1), (6, 4, 4), (264, 80, 591)):
         share, each = splits(programs, heads, tiles)
         assert (share - 1) * each < tiles <= share * each

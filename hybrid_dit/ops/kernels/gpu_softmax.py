@@ -203,7 +203,8 @@ def cudnn_backward(q: Array, k: Array, v: Array, g: Array, y: Array, normaliser:
     (call,) = (e for e in jaxpr.eqns if "attention_fwd" in e.primitive.name)
     out, lse = call.outvars[:2]
     rest = [e for e in jaxpr.eqns if e is not call]
-    given = core.Jaxpr(jaxpr.constvars, [*jaxpr.invars, out, lse], jaxpr.outvars, rest, jaxpr.effects)
+    names = jaxpr.debug_info.with_unknown_names()
+    given = jaxpr.replace(invars=[*jaxpr.invars, out, lse], eqns=rest, debug_info=names)
     run = core.jaxpr_as_fun(core.ClosedJaxpr(given, traced.consts))
     dq, dk, dv = run(q, k, v, g, y, normaliser.astype(lse.aval.dtype))
     return dq, dk[:, :m], dv[:, :m]
