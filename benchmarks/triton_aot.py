@@ -8,26 +8,24 @@ machines without a GPU have it) compiles that for sm_90 and its cuobjdump reads 
 its own, of about the same age: numbers are close to what runs, not equal.
 
 Limits on Hopper: 255 registers a thread and 65,536 a multiprocessor (8 warps of 255 fill it), 227 KiB of shared memory
-for a program. Spilled bytes are per thread.
+for a program. Spilled bytes are per thread; `wgmma` and `mma` count instructions for Hopper's matrix unit and for the
+older, slower way to it.
 """
 
 import argparse
 import contextlib
-import functools
+import dataclasses
 import json
 import subprocess
 import tempfile
 from pathlib import Path
 
+import gpu_candidates
 import jax
-import jax.numpy as jnp
 from jax._src.lib.mlir import ir
 from jax._src.pallas.triton import lowering
 
-from hybrid_dit.ops import feature_maps
-from hybrid_dit.ops.kernels import gpu_hybrid
-from hybrid_dit.ops.kernels.gpu_tiles import Tile, Tiles
-from hybrid_dit.ops.spec import AttentionSpec
+from hybrid_dit.ops.kernels.gpu_tiles import Tiles
 
 COMPILE = r"""
 import json, re, subprocess, sys, tempfile, triton
@@ -46,7 +44,7 @@ for path in sys.argv[1:]:
         usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text))
         row = {"registers": int(usage["REG"]), "spilled": int(usage["LOCAL"]) + int(usage["STACK"])}
         row |= {"shared_kib": kernel.metadata.shared / 1024, "wgmma": kernel.asm["ptx"].count("wgmma.mma_async")}
-        row |= {"mma": kernel.asm["ptx"].count("mma.sync")}
+        row |= {"mma": kernel.asm["ptx"].count("mma.sync"), "fits": kernel.metadata.shared <= 232448}
     except Exception as error:
         row = {"error": f"{type(error).__name__}: {error}"[:200]}
     print(json.dumps({**about, **row}), flush=True)
@@ -105,41 +103,37 @@ def compile_all(python: str, found) -> list[dict]:
     return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
 
-def programs(sizes: Tiles, tokens: int, dtype):
-    """Yields (labels, function, arguments) that together have all kernels in them."""
-    x = jax.ShapeDtypeStruct((1, tokens, 12, 128), dtype)
-    for spec in (AttentionSpec("hybrid", 8), AttentionSpec("hybrid", 8, stabiliser="lse")):
-        phi = jax.eval_shape(lambda: feature_maps.init(jax.random.key(0), 12, 128, AttentionSpec().feature_map))
-        how = {"sizes": sizes, "softmax": "triton", "interpret": False}
-        run = functools.partial(gpu_hybrid.attention, spec=spec, grid=(1, 1, tokens), **how)
-
-        def loss(*args, run=run):
-            return run(*args).astype(jnp.float32).sum()
-
-        yield {"stabiliser": spec.stabiliser}, jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), (x, x, x, phi)
+def jobs(args):
+    """Yields (labels, function, arguments) for every kernel and tile size asked for."""
+    shapes = gpu_candidates.shapes(args.tokens)
+    for name, tiles in gpu_candidates.CANDIDATES.items():
+        if args.only not in name:
+            continue
+        for tile in tiles if args.candidates else [getattr(Tiles(), name)]:
+            for values in (False, True) if name == "key" else (False,):
+                labels = {"job": name + " with dv" * values, **dataclasses.asdict(tile)}
+                function, inputs = gpu_candidates.kernel(name, gpu_candidates.replaced(name, tile), values)
+                yield labels, function, [shapes[x] for x in inputs]
 
 
 def main():
     """Prints a line for each kernel and writes them to --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--triton", required=True, help="Python interpreter that has the triton package")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--tokens", type=int, default=32760)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--tile", action="append", default=[], help="KERNEL=rows,chunk,warps,stages, not the default")
+    parser.add_argument("--candidates", action="store_true", help="all tile sizes worth trying, not just the default")
     args = parser.parse_args()
 
-    replaced = {k: Tile(*map(int, v.split(","))) for k, v in (x.split("=") for x in args.tile)}
-    found, seen = [], set()
-    for labels, function, inputs in programs(Tiles(**replaced), args.tokens, jnp.bfloat16):
-        for kernel in kernels(function, *inputs):
-            if args.only in kernel[0] and kernel not in seen:
-                seen.add(kernel)
-                found.append((labels, *kernel))
+    found = []
+    for labels, function, inputs in jobs(args):
+        found += [(labels, *kernel) for kernel in kernels(function, *inputs)]
     rows = compile_all(args.triton, found)
     for row in rows:
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"jax": jax.__version__, "tokens": args.tokens, "rows": rows}, indent=1) + "\n")
 
 

@@ -114,23 +114,34 @@ def backward(
         interpret: run on any platform, slowly.
     """
     ins = q, k, v, g, delta, normaliser
-    in_specs = [*(tiles.tokens_spec(x) for x in ins[:4]), *(tiles.vector_spec(x) for x in ins[4:])]
+    dk, dv = backward_keys(*ins, sizes, interpret)
+    return backward_queries(*ins, sizes, interpret), dk, dv
 
-    def call(kernel, tile: Tile, length: int, outs, name):
-        return pl.pallas_call(
-            functools.partial(kernel, tile=tile),
-            grid=(pl.cdiv(length, tile.rows), q.shape[2], q.shape[0]),
-            in_specs=in_specs,
-            out_specs=[tiles.tokens_spec(x) for x in outs],
-            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs],
-            compiler_params=tiles.params(tile),
-            interpret=interpret,
-            name=name,
-        )(*ins)
 
-    (dq,) = call(_dq_kernel, sizes.softmax_dq, q.shape[1], [q], "hybrid_softmax_dq")
-    dk, dv = call(_dkv_kernel, sizes.softmax_dkv, k.shape[1], [k, v], "hybrid_softmax_dkv")
-    return dq, dk, dv
+def backward_queries(q, k, v, g, delta, normaliser, sizes: Tiles, interpret: bool) -> Array:
+    """The first of what `backward` returns."""
+    ins = q, k, v, g, delta, normaliser
+    return _backward(_dq_kernel, ins, [q], sizes.softmax_dq, interpret, "hybrid_softmax_dq")[0]
+
+
+def backward_keys(q, k, v, g, delta, normaliser, sizes: Tiles, interpret: bool) -> list[Array]:
+    """The second and third of what `backward` returns."""
+    ins = q, k, v, g, delta, normaliser
+    return _backward(_dkv_kernel, ins, [k, v], sizes.softmax_dkv, interpret, "hybrid_softmax_dkv")
+
+
+def _backward(kernel, ins, outs, tile: Tile, interpret, name):
+    """Arrays like `outs`, from a program for every tile of their tokens."""
+    return pl.pallas_call(
+        functools.partial(kernel, tile=tile),
+        grid=(pl.cdiv(outs[0].shape[1], tile.rows), outs[0].shape[2], outs[0].shape[0]),
+        in_specs=[*(tiles.tokens_spec(x) for x in ins[:4]), *(tiles.vector_spec(x) for x in ins[4:])],
+        out_specs=[tiles.tokens_spec(x) for x in outs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs],
+        compiler_params=tiles.params(tile),
+        interpret=interpret,
+        name=name,
+    )(*ins)
 
 
 def _dq_kernel(q_ref, k_ref, v_ref, g_ref, delta_ref, normaliser_ref, dq_ref, *, tile):
