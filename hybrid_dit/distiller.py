@@ -56,7 +56,7 @@ class Distiller:
         mesh: from `sharding.distill_mesh`.
         activations: "inside" or "stacked", see the module.
         branches: of guidance, that are training data: "both", "cond" or "uncond".
-        backend: of the linear part of what trains, a name of `ops.backends.BACKENDS`.
+        backend: of the attention that trains, a name of `ops.backends.BACKENDS`.
     """
 
     wan: WanConfig
@@ -294,7 +294,8 @@ class Distiller:
     def _nested(self, grid, axes=(BLOCK, SEQ)):
         """Attention for `_block` that keeps q, k, v, its output and the softmax sums of all rates."""
         hybrid = {label: spec for label, spec in self.specs.items() if spec.kind == "hybrid"}
-        run = self._place.over_queries(partial(nested_sums, specs=hybrid, grid=grid), axes, math.prod(grid))
+        sums_of = partial(nested_sums, specs=hybrid, grid=grid, backend=self.backend)
+        run = self._place.over_queries(sums_of, axes, math.prod(grid))
 
         def attend(q, k, v):
             q, k, v = (self._place.split(x, axes) for x in (q, k, v))

@@ -94,18 +94,23 @@ def test_no_linear_tokens_is_softmax():
 
 
 def test_bfloat16_is_no_worse_than_plain_xla():
-    """Root mean squares of the output and of every leaf's gradient; the margin is the issue's."""
+    """Relative errors of the output, of dq, dk, dv and of φ's gradient; the margin is the issue's.
+
+    Of φ's leaves the root mean square: a bias has 16 numbers, whose errors' norm scatters by a half.
+    """
     point = make_point(MAX, dtype=jnp.bfloat16)
     cotangent = cotangent_of(point)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), (point, cotangent))
     # Its derivative was compared with the oracle's above, to 1e-5; bfloat16 makes errors of 1e-3.
     expected = jax.tree.leaves(compiled(MAX)(*exact))
-    fused, plain = (
-        [np.linalg.norm(oracle.float64(a) - oracle.float64(b)) for a, b in zip(jax.tree.leaves(out), expected)]
-        for out in (compiled(MAX, "bfloat16", b)(point, cotangent) for b in ("gpu", "xla"))
-    )
-    for ours, xla, of in zip(fused, plain, expected):
-        assert ours <= 1.5 * xla and xla <= 16 * U16 * np.linalg.norm(of)
+
+    def errors(backend):
+        got = jax.tree.leaves(compiled(MAX, "bfloat16", backend)(point, cotangent))
+        each = [np.linalg.norm(oracle.float64(a) - b) / np.linalg.norm(b) for a, b in zip(got, expected)]
+        return np.array([*each[:4], np.sqrt(np.mean(np.square(each[4:])))])
+
+    fused, plain = errors("gpu"), errors("xla")
+    assert (fused <= 1.5 * plain).all() and (plain <= 4 * U16).all()
 
 
 @pytest.mark.parametrize("spec, how", [(MAX, "extreme"), (LSE, "extreme"), (MAX, "equal"), (LSE, "equal"), (MAX, "up")])
