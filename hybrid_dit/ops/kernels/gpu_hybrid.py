@@ -21,7 +21,7 @@ from hybrid_dit.ops.kernels.gpu_tiles import LONGEST, TINY, Tiles
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid, linear_keys, softmax_tokens
 
-SOFTMAX = ("cudnn", "triton")
+SOFTMAX = ("cudnn", "triton", "cudnn_unpadded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class How:
         spec: what to compute.
         grid: of the tokens.
         sizes: of tiles.
-        softmax: whose kernels take the softmax part, "cudnn" or "triton".
+        softmax: whose kernels take the softmax part, of `SOFTMAX`.
         interpret: run on any platform, slowly; "triton" only.
     """
 
@@ -86,7 +86,7 @@ def attention(
         spec: what to compute; one that `fits`.
         grid: of the tokens.
         sizes: of tiles.
-        softmax: whose kernels take the softmax part; cuDNN's where there is a GPU.
+        softmax: whose kernels take the softmax part, of `SOFTMAX`; cuDNN's where there is a GPU.
         interpret: run on any platform, slowly; where there is no GPU.
     """
     how = _how(spec, grid, sizes, softmax, interpret)
@@ -151,8 +151,8 @@ def _has_linear(spec: AttentionSpec) -> bool:
 
 def _softmax_forward(how, q, k, v):
     """(o, w, c) as in `gpu_softmax`."""
-    if how.softmax == "cudnn":
-        return gpu_softmax.cudnn_forward(q, k, v, how.spec.stabiliser)
+    if how.softmax != "triton":
+        return gpu_softmax.cudnn_forward(q, k, v, how.spec.stabiliser, pad=how.softmax == "cudnn")
     out, weight, c = gpu_softmax.forward(q, k, v, how.sizes, how.interpret)
     if how.spec.stabiliser == "lse":
         return out, jnp.ones_like(weight), c + jnp.log(weight)
@@ -160,8 +160,8 @@ def _softmax_forward(how, q, k, v):
 
 
 def _softmax_backward(how, q, k, v, g, y, delta, total):
-    if how.softmax == "cudnn":
-        return gpu_softmax.cudnn_backward(q, k, v, g, y, total)
+    if how.softmax != "triton":
+        return gpu_softmax.cudnn_backward(q, k, v, g, y, total, pad=how.softmax == "cudnn")
     return gpu_softmax.backward(q, k, v, g, delta, total, how.sizes, how.interpret)
 
 

@@ -124,7 +124,7 @@ def backward_queries(q, k, v, g, delta, normaliser, sizes: Tiles, interpret: boo
     return _backward(_dq_kernel, ins, [q], sizes.softmax_dq, interpret, "hybrid_softmax_dq")[0]
 
 
-def backward_keys(q, k, v, g, delta, normaliser, sizes: Tiles, interpret: bool) -> list[Array]:
+def backward_keys(q, k, v, g, delta, normaliser, sizes: Tiles, interpret: bool) -> tuple[Array, Array]:
     """The second and third of what `backward` returns."""
     ins = q, k, v, g, delta, normaliser
     return _backward(_dkv_kernel, ins, [k, v], sizes.softmax_dkv, interpret, "hybrid_softmax_dkv")
@@ -186,9 +186,12 @@ def _dkv_kernel(q_ref, k_ref, v_ref, g_ref, delta_ref, normaliser_ref, dk_ref, d
 # cuDNN
 
 
-def cudnn_forward(q: Array, k: Array, v: Array, stabiliser: str) -> tuple[Array, Array, Array]:
-    """As `forward`, with c_i the maximum or, for the stabiliser "lse", the log-sum-exp; 16-bit inputs on a GPU."""
-    out, lse = _cudnn(k.shape[1])(q, *_padded(k, v))
+def cudnn_forward(q: Array, k: Array, v: Array, stabiliser: str, pad: bool) -> tuple[Array, Array, Array]:
+    """As `forward`, with c_i the maximum or, for the stabiliser "lse", the log-sum-exp; 16-bit inputs on a GPU.
+
+    `pad` has it take keys padded to a multiple of `PADDED`, and a mask.
+    """
+    out, lse = _cudnn(k.shape[1])(q, *_padded(pad, k, v))
     lse = lse.astype(jnp.float32)
     if stabiliser == "lse":
         return out, jnp.ones_like(lse), lse
@@ -196,14 +199,16 @@ def cudnn_forward(q: Array, k: Array, v: Array, stabiliser: str) -> tuple[Array,
     return out, jnp.exp(lse - top), top
 
 
-def cudnn_backward(q: Array, k: Array, v: Array, g: Array, y: Array, normaliser: Array) -> tuple[Array, Array, Array]:
+def cudnn_backward(
+    q: Array, k: Array, v: Array, g: Array, y: Array, normaliser: Array, pad: bool
+) -> tuple[Array, Array, Array]:
     """As `backward`, with the total output y in place of `delta`, which cuDNN computes.
 
     JAX has no function that takes residuals. So the derivative of `_cudnn` is traced, the call of the forward taken out
     of it, and what that call returned is given instead.
     """
     m = k.shape[1]
-    k, v = _padded(k, v)
+    k, v = _padded(pad, k, v)
 
     def derivative(q, k, v, g):
         (_, lse), vjp = jax.vjp(_cudnn(m), q, k, v)
@@ -236,5 +241,6 @@ def _cudnn(m: int):
     return attend
 
 
-def _padded(*arrays: Array) -> list[Array]:
-    return [jnp.pad(x, ((0, 0), (0, -x.shape[1] % PADDED), (0, 0), (0, 0))) for x in arrays]
+def _padded(pad: bool, *arrays: Array) -> list[Array]:
+    missing = -arrays[0].shape[1] % PADDED if pad else 0
+    return [jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in arrays]
