@@ -174,14 +174,14 @@ def measure_attention(args, wan, shape, config) -> list[dict]:
     zero = jnp.zeros(())
 
     def student(phi, q, k, v):
-        return combine((zero, zero), linear_part(q, k, v, phi, linear, grid))
+        return combine((zero, zero), linear_part(q, k, v, phi, linear, grid, args.backend))
 
     def gradient(phi, q, k, v):
         return jax.grad(lambda phi: jnp.abs(student(phi, q, k, v) - v.astype(jnp.float32)).mean())(phi)
 
     cases = {
         "attention: all keys": (softmax_attention, (q, k, v)),
-        "attention: all rates": (partial(nested_sums, specs=hybrid, grid=grid), (q, k, v)),
+        "attention: all rates": (partial(nested_sums, specs=hybrid, grid=grid, backend=args.backend), (q, k, v)),
         "linear part, one rate": (student, (phi, q, k, v)),
         "linear part, one rate, gradient": (gradient, (phi, q, k, v)),
     }
@@ -226,12 +226,14 @@ def main():
     parser.add_argument("--stabiliser", default="max")
     parser.add_argument("--pattern", default="stride")
     parser.add_argument("--branches", default="both")
+    parser.add_argument("--backend", default="auto", help="of attention: auto, xla or gpu")
     args = parser.parse_args()
 
     config = common.get_config("distill", "tiny" if args.tiny else "wan_1_3b")
     config.distill.rates = tuple(args.rates.split(","))
     for name in ("stabiliser", "pattern", "branches"):
         config.distill[name] = getattr(args, name)
+    config.model.attention_backend = args.backend
     wan, shape, text = (TINY, TINY_SHAPE, TINY_TEXT) if args.tiny else (WAN, SHAPE, TEXT)
     about = {
         **machine(),
@@ -240,6 +242,7 @@ def main():
         "dtype": config.model.compute_dtype,
         "repeats": args.repeats,
         **{name: getattr(args, name) for name in ("rates", "stabiliser", "pattern", "branches")},
+        "attention_backend": args.backend,
     }
     print(json.dumps(about), flush=True)
     rows = measure_attention(args, wan, shape, config)

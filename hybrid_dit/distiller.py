@@ -56,6 +56,7 @@ class Distiller:
         mesh: from `sharding.distill_mesh`.
         activations: "inside" or "stacked", see the module.
         branches: of guidance, that are training data: "both", "cond" or "uncond".
+        backend: of the attention that trains, a name of `ops.backends.BACKENDS`.
     """
 
     wan: WanConfig
@@ -68,6 +69,7 @@ class Distiller:
     mesh: Mesh
     activations: str = "inside"
     branches: str = "both"
+    backend: str = "auto"
 
     def __post_init__(self):
         for name, allowed in (("loss", surgery.LOSSES), ("activations", ACTIVATIONS), ("branches", BRANCHES)):
@@ -244,7 +246,7 @@ class Distiller:
 
             def loss(phi, label=label, spec=spec, qkv=tuple(qkv)):
                 phi = jax.tree.map(self._place.whole, phi)
-                return surgery.rate_loss(phi, qkv, teacher, sums[label], spec, grid, self.loss, key)
+                return surgery.rate_loss(phi, qkv, teacher, sums[label], spec, grid, self.loss, key, self.backend)
 
             of_rate = jax.value_and_grad(loss, has_aux=True)(state["maps"][label])
             # The next rate waits for this one's gradient, so that one rate's activations are in memory at a time (where
@@ -292,7 +294,8 @@ class Distiller:
     def _nested(self, grid, axes=(BLOCK, SEQ)):
         """Attention for `_block` that keeps q, k, v, its output and the softmax sums of all rates."""
         hybrid = {label: spec for label, spec in self.specs.items() if spec.kind == "hybrid"}
-        run = self._place.over_queries(partial(nested_sums, specs=hybrid, grid=grid), axes, math.prod(grid))
+        sums_of = partial(nested_sums, specs=hybrid, grid=grid, backend=self.backend)
+        run = self._place.over_queries(sums_of, axes, math.prod(grid))
 
         def attend(q, k, v):
             q, k, v = (self._place.split(x, axes) for x in (q, k, v))
@@ -363,6 +366,7 @@ def from_config(config, wan: WanConfig, shift: float, mesh: Mesh) -> Distiller:
         mesh=mesh,
         activations=cfg.activations,
         branches=cfg.branches,
+        backend=config.model.attention_backend,
     )
 
 

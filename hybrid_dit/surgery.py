@@ -86,6 +86,7 @@ def rate_loss(
     grid: Grid,
     loss: str,
     key: Array,
+    backend: str = "xla",
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Loss of one block at one rate, differentiable in `phi`, and its relative L1 error.
 
@@ -98,8 +99,9 @@ def rate_loss(
         grid: of the tokens.
         loss: "value" or "attention".
         key: for sampled rows of the attention loss.
+        backend: of the linear part.
     """
-    student = combine(sums, linear_part(*qkv, phi, spec, grid))
+    student = combine(sums, linear_part(*qkv, phi, spec, grid, backend))
     value, error = _value_loss(teacher, student, math.prod(grid))
     return value if loss == "value" else attention_loss(*qkv[:2], phi, spec, grid, key), error
 

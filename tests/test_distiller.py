@@ -1,6 +1,8 @@
 """The distillation step on a tiny random DiT: against a naive loop, both ways of keeping activations, every mesh."""
 
+import dataclasses
 import math
+import re
 from functools import lru_cache
 
 import jax
@@ -199,6 +201,25 @@ def test_the_step_of_a_config_can_be_lowered_without_arrays(activations):
     state = jax.tree.leaves(lowered.args_info[0][0])
     assert {x.shape[0] for x in state} == {32 if activations == "stacked" else 30}
     assert all(x.donated for x in state)
+
+
+def test_a_backend_takes_all_that_trains():
+    """Fused kernels in the traced step: softmax sums of each piece, and two forward and four backward for each rate."""
+    wide = dataclasses.replace(WAN, dim=32)  # heads of 16, the narrowest that the kernels take
+    args = inputs()[1:]
+    dit = abstract_dit(wide)
+
+    def counts(backend):
+        config = common.get_config("distill", "tiny")
+        config.model.attention_backend = backend
+        config.distill.rates = ("R2", "R4", "linear")
+        mesh = sharding.distill_mesh(devices=jax.devices()[:1])
+        d = distiller.from_config(config, wide, 3.0, mesh)
+        text = str(jax.make_jaxpr(d.step)(d.abstract_state(), dit, *args))
+        names = ("softmax", "state", "read", "query_backward", "key_backward", "parameters_backward", "inputs_backward")
+        return [len(re.findall(rf"name=hybrid_{name}\s", text)) for name in names]
+
+    assert counts("gpu") == [2, 3, 3, 3, 3, 6, 0] and not any(counts("auto"))
 
 
 def test_unknown_choices_are_named():

@@ -1,21 +1,22 @@
-"""Which implementation of attention runs: plain XLA operations (`xla`) or fused TPU kernels (`tpu`)."""
+"""Which implementation of attention runs: plain XLA operations (`xla`) or fused kernels (`tpu`, `gpu`)."""
 
 import jax
 
 from hybrid_dit.array_typing import DTypeLike
 from hybrid_dit.errors import UserError
-from hybrid_dit.ops.kernels import tpu_hybrid
+from hybrid_dit.ops.kernels import gpu_hybrid, tpu_hybrid
 from hybrid_dit.ops.spec import AttentionSpec
 
-BACKENDS = ("auto", "xla", "tpu")
+BACKENDS = ("auto", "xla", "tpu", "gpu")
 
 
 def choose(backend: str, spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -> str:
-    """Returns "xla" or "tpu"; called while tracing.
+    """Returns "xla", "tpu" or "gpu"; called while tracing.
 
-    What the kernels don't take (a feature map of one's own, a head width other than 128 on a TPU, float16) runs on XLA
-    whatever is asked for. "auto" is "tpu" in a process with one TPU and "xla" everywhere else: the compiler can't split
-    a kernel over several devices by itself. Inside `shard_map` ask for "tpu".
+    What the kernels don't take (softmax attention on a GPU, where cuDNN has it, a feature map of one's own, a head
+    width other than 128 on a TPU, float16, on a GPU float32) runs on XLA whatever is asked for. "auto" is "tpu" in a
+    process with one TPU, "gpu" in one with one Hopper GPU, and "xla" everywhere else: the compiler can't split a
+    kernel over several devices by itself. Inside `shard_map` ask for "tpu" or "gpu".
 
     Raises:
         UserError: an unknown name.
@@ -23,6 +24,10 @@ def choose(backend: str, spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -
     if backend not in BACKENDS:
         raise UserError(f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        one_tpu = jax.default_backend() == "tpu" and jax.device_count() == 1
-        backend = "tpu" if one_tpu and tpu_hybrid.aligned(head_dim) else "xla"
-    return backend if backend == "xla" or tpu_hybrid.fits(spec, head_dim, dtype) else "xla"
+        backend = "xla"
+        if jax.device_count() == 1 and jax.default_backend() == "tpu" and tpu_hybrid.aligned(head_dim):
+            backend = "tpu"
+        if jax.device_count() == 1 and jax.default_backend() == "gpu" and gpu_hybrid.tuned():
+            backend = "gpu"
+    kernels = {"tpu": tpu_hybrid, "gpu": gpu_hybrid}.get(backend)
+    return backend if kernels and kernels.fits(spec, head_dim, dtype) else "xla"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from hybrid_dit.array_typing import Array, Float, PyTree
 from hybrid_dit.ops import backends, feature_maps
-from hybrid_dit.ops.kernels import tpu_hybrid
+from hybrid_dit.ops.kernels import gpu_hybrid, tpu_hybrid
 from hybrid_dit.ops.softmax import softmax_attention, softmax_sums
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid, linear_keys, softmax_tokens
@@ -39,8 +39,11 @@ def attention(
         grid: frames, rows, columns of the token grid; their product is n.
         backend: a name of `ops.backends.BACKENDS`: what computes it. Values differ by rounding alone.
     """
-    if backends.choose(backend, spec, q.shape[-1], q.dtype) == "tpu":
+    chosen = backends.choose(backend, spec, q.shape[-1], q.dtype)
+    if chosen == "tpu":
         return _on_tpu(q, k, v, phi, spec, grid)
+    if chosen == "gpu":
+        return gpu_hybrid.attention(q, k, v, phi, spec=spec, grid=grid)
     return ATTENTIONS[spec.kind](q, k, v, phi, spec, grid)
 
 
@@ -73,12 +76,16 @@ def linear_part(
     phi: PyTree,
     spec: AttentionSpec,
     grid: Grid,
+    backend: str = "xla",
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
     """The sums of Eq. 5 over L (every token if S is empty), φ_q(q_i)·Σ φ_k(k_j)ᵀ v_j and φ_q(q_i)·Σ φ_k(k_j)ᵀ; float32.
 
     The state Σ φ_k(k_j)ᵀ v_j is F×D per head; nothing here grows with N². Everything runs with the head axis first, as
     products per head want it: three transposes in, one out. Tokens beyond the grid's, which pad it, are not summed.
+    There are fused kernels for the backend "gpu".
     """
+    if backends.choose(backend, spec, q.shape[-1], q.dtype) == "gpu":
+        return gpu_hybrid.linear_part(q, k, v, phi, spec, grid)
     head_first, head_last, product = feature_maps.head_first, feature_maps.head_last, feature_maps.product
     phi_q, phi_k = (head_first(x) for x in feature_maps.apply_pair(phi, q, k, spec.feature_map))
     keep = jnp.asarray(linear_keys(grid, spec, k.shape[1]), v.dtype)

@@ -1,5 +1,6 @@
 """Which backend runs: read off the traced program."""
 
+import types
 from functools import partial
 
 import jax
@@ -37,6 +38,20 @@ def test_auto_on_a_tpu_is_tpu_if_it_is_the_only_one(monkeypatch, devices, chosen
     assert backends.choose("tpu", R2, 128, jnp.bfloat16) == "tpu"
 
 
+@pytest.mark.parametrize(
+    "devices, capability, chosen", [(1, "9.0", "gpu"), (4, "9.0", "xla"), (1, "8.0", "xla")]
+)
+def test_auto_on_a_gpu_is_gpu_if_it_is_the_only_one_and_hopper(monkeypatch, devices, capability, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)] * devices)
+    assert backends.choose("auto", R2, 128, jnp.bfloat16) == chosen
+    assert backends.choose("gpu", R2, 128, jnp.bfloat16) == "gpu"
+    for head_dim, dtype in ((24, jnp.bfloat16), (256, jnp.bfloat16), (128, jnp.float32)):
+        assert backends.choose("gpu", R2, head_dim, dtype) == "xla"
+    assert backends.choose("gpu", AttentionSpec(), 128, jnp.bfloat16) == "xla"
+
+
 def test_what_kernels_do_not_take_runs_on_xla(monkeypatch):
     assert not kernels(R2, "tpu", jnp.float16)
     # Given: maps of a user, one of them in place of ours
@@ -47,7 +62,7 @@ def test_what_kernels_do_not_take_runs_on_xla(monkeypatch):
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known():
-    with pytest.raises(UserError, match="backend 'gpus' is unknown; choose one of auto, xla, tpu"):
+    with pytest.raises(UserError, match="backend 'gpus' is unknown; choose one of auto, xla, tpu, gpu"):
         kernels(R2, "gpus")
 
 

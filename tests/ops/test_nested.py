@@ -194,6 +194,17 @@ def test_log_sum_exps_merge_to_the_same_sums(stabiliser, monkeypatch):
         np.testing.assert_allclose(b, a, rtol=0, atol=relative * float(jnp.abs(a).max()))
 
 
+def test_a_flash_kernel_takes_the_keys_whose_maximum_is_asked_for():
+    grid, d = (2, 3, 8), 16
+    q, k, v = point(grid, batch=1, dim=d)
+    runs = {b: jax.jit(lambda *x, b=b: nested.nested_sums(*x, specs_of((2, 4)), grid, b)) for b in ("xla", "gpu")}
+    assert str(jax.make_jaxpr(runs["gpu"])(q, k, v)).count("name=hybrid_softmax\n") == 2  # S(4), S(2) without S(4)
+    _, _, largest = exact_sums(q, k, v, AttentionSpec("hybrid", 2), grid)
+    relative = 2 * worst_case(48, d, largest, 3) * U32
+    for a, b in zip(*(jax.tree.leaves(run(q, k, v)) for run in runs.values())):
+        np.testing.assert_allclose(b, a, rtol=0, atol=relative * float(jnp.abs(a).max()))
+
+
 def test_16_bit_inputs_lose_only_what_is_rounded():
     grid = (2, 3, 8)
     q, k, v = point(grid, dtype=jnp.bfloat16)

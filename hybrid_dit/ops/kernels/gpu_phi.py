@@ -1,0 +1,182 @@
+"""φ of one head on a tile of tokens and its derivative, in registers: what the GPU kernels fuse with their sums.
+
+A tile's φ is computed as flash attention computes its output: a loop over chunks of hidden units, each of which exists
+in registers only, with the pre-activations of φ as accumulators, one [t, d] for each power of the polynomial. (Triton
+can't slice a value in registers, hence an accumulator per power.) Weights, 192 KiB a head and map at D = 128, P = 2,
+don't fit beside everything else; they come from the L2 cache for every tile. At 32,760 tokens and 12 heads and with
+tiles of 128 tokens that is 0.6 GB, a tenth of a millisecond that runs beside the products.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from hybrid_dit.array_typing import Array, DTypeLike, PyTree
+from hybrid_dit.ops import feature_maps
+from hybrid_dit.ops.kernels.gpu_tiles import LONGEST, Tile, dot
+from hybrid_dit.ops.spec import FeatureMapSpec
+
+LOG2E = math.log2(math.e)
+GELU = math.sqrt(2 / math.pi)
+# log(1 + e) / e on [0, 1], interpolated at Chebyshev points; relative error 2^-16.
+LOG1P = (0.99999059, -0.49931465, 0.32484958, -0.20907954, 0.10013973, -0.023443656)
+
+_POLY = feature_maps.FEATURE_MAPS["poly"].apply  # by function: a user may register another map under this name
+
+
+def fits(spec: FeatureMapSpec) -> bool:
+    """Whether φ is computed here: the paper's polynomial after two layers."""
+    entry = feature_maps.FEATURE_MAPS.get(spec.kind)
+    return entry is not None and entry.apply is _POLY and spec.layers == 2
+
+
+def operands(phi: PyTree, dtype: DTypeLike) -> tuple[Array, Array, Array, Array]:
+    """w0 [h, d, hidden], b0 [h, hidden], w1 [h, hidden, f], b1 [h, f] of one map: matrices in `dtype`, biases float32.
+
+    Hidden units are padded to a multiple of `LONGEST` with zeros, which gelu keeps.
+    """
+    missing = -phi["b0"].shape[-1] % LONGEST
+    w0, b0 = (jnp.pad(phi[x], (*((0, 0),) * (phi[x].ndim - 1), (0, missing))) for x in ("w0", "b0"))
+    w1 = jnp.pad(phi["w1"], ((0, 0), (0, missing), (0, 0)))
+    return w0.astype(dtype), b0.astype(jnp.float32), w1.astype(dtype), phi["b1"].astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phi:
+    """Functions of float32 tiles in a kernel.
+
+    Attributes:
+        spec: of the map; `fits` it.
+        exact: whether for float32 inputs. Otherwise errors of 2^-11 are taken, a quarter of a rounding to bfloat16.
+        ptx: whether in a compiled kernel, where single instructions approximate tanh, powers of 2 and reciprocals.
+    """
+
+    spec: FeatureMapSpec
+    exact: bool
+    ptx: bool
+
+    def exp2(self, x: Array) -> Array:
+        """2^x."""
+        return _instruction("ex2.approx.ftz.f32", x) if self.ptx else jnp.exp2(x)
+
+    def reciprocal(self, x: Array) -> Array:
+        """1 / x."""
+        return _instruction("rcp.approx.ftz.f32", x) if self.ptx else 1.0 / x
+
+    def _tanh_of_gelu(self, y):
+        square = y * y
+        u = GELU * y * (1.0 + 0.044715 * square)
+        return (plgpu.approx_tanh(u) if self.ptx else jnp.tanh(u)), square
+
+    def gelu(self, y: Array) -> Array:
+        """y (1 + tanh u) / 2 with u = GELU (y + 0.044715 y³), as `jax.nn.gelu`."""
+        half = 0.5 * y
+        return half + half * self._tanh_of_gelu(y)[0]
+
+    def gelu_and_slope(self, y: Array) -> tuple[Array, Array]:
+        """`gelu` and its derivative."""
+        tanh, square = self._tanh_of_gelu(y)
+        half = 0.5 * y
+        inner = GELU + 3 * 0.044715 * GELU * square
+        return half + half * tanh, 0.5 + 0.5 * tanh + half * (1.0 - tanh * tanh) * inner
+
+    def features(self, y: Array, power: int | Array) -> Array:
+        """ψ(y) to the power `power` + 1 of pre-activations y; `power` may be a number of the program."""
+        psi = self._activation(y, slope=False)[0]
+        return self._times_power(psi, psi, power)
+
+    def features_and_slope(self, y: Array, power: int | Array) -> tuple[Array, Array]:
+        """`features` and their derivative in y."""
+        psi, slope = self._activation(y, slope=True)
+        below = self._times_power(jnp.ones_like(psi), psi, power)
+        return below * psi, (power + 1) * below * slope
+
+    def _times_power(self, first, psi, power):
+        """first · ψ^power, with `power` < P."""
+        if isinstance(power, int):
+            for _ in range(power):
+                first = first * psi
+            return first
+        for i in range(1, self.spec.degree):
+            first = jnp.where(power >= i, first * psi, first)
+        return first
+
+    def _activation(self, y, slope):
+        """(value, derivative or None), as `feature_maps` defines them."""
+        match self.spec.activation:
+            case "softplus":  # with e = exp(−|y|) <= 1: max(y, 0) + log(1 + e)
+                e = self.exp2(-LOG2E * jnp.abs(y))
+                value = jnp.maximum(y, 0.0) + (jnp.log1p(e) if self.exact else e * _polynomial(e, LOG1P))
+                return value, jnp.where(y > 0, 1.0, e) * self.reciprocal(1.0 + e) if slope else None
+            case "relu":
+                return jnp.maximum(y, 0.0), jnp.where(y > 0, 1.0, 0.0)
+            case "exp":
+                value = self.exp2(LOG2E * jnp.minimum(y, 12.0))
+                return value, jnp.where(y < 12.0, value, 0.0)
+            case "elu":
+                e = self.exp2(LOG2E * jnp.minimum(y, 0.0))
+                return jnp.where(y > 0, y + 1.0, e), e
+            case "square":
+                return y * y, 2.0 * y
+            case name:
+                raise NotImplementedError(name)
+
+    def pre_activations(self, x: Array, refs, chunk: int, parts: Sequence | None = None) -> list[Array]:
+        """gelu(x w0 + b0) w1 + b1 of a tile [t, d], in slices of width d: float32 [t, d] each.
+
+        Args:
+            x: the tile.
+            refs: w0 [d, hidden], b0 [hidden], w1 [hidden, s·d], b1 [s·d] of one head.
+            chunk: hidden units at a time.
+            parts: the columns of w1 to take, a `pl.ds` for each slice; all of them unless given.
+        """
+        w0, b0, w1, b1 = refs
+        parts = _slices(x, w1) if parts is None else parts
+
+        def step(j, ys):
+            hidden = pl.ds(j * chunk, chunk)
+            h = self.gelu(dot(x, w0[:, hidden]) + b0[hidden][None]).astype(x.dtype)
+            return tuple(y + dot(h, w1[hidden, part]) for y, part in zip(ys, parts))
+
+        zeros = (jnp.zeros(x.shape, jnp.float32),) * len(parts)
+        ys = jax.lax.fori_loop(0, w0.shape[1] // chunk, step, zeros)
+        return [y + b1[part][None] for y, part in zip(ys, parts)]
+
+    def each_power(self, x: Array, refs, tile: Tile):
+        """Yields (power, its columns of the features, pre-activations [t, d]) for all powers, ready when asked for."""
+        parts = _slices(x, refs[2])
+        ys = [] if tile.passes else self.pre_activations(x, refs, tile.chunk, parts)
+        for power, part in enumerate(parts):
+            yield power, part, self.pre_activations(x, refs, tile.chunk, [part])[0] if tile.passes else ys[power]
+
+
+def _slices(x: Array, w1) -> list:
+    """A `pl.ds` of width d for every power."""
+    d = x.shape[1]
+    return [pl.ds(power * d, d) for power in range(w1.shape[1] // d)]
+
+
+def make(spec: FeatureMapSpec, dtype: DTypeLike, interpret: bool) -> Phi:
+    """φ for inputs of a dtype."""
+    exact = dtype == jnp.float32
+    return Phi(spec, exact, ptx=not (exact or interpret))
+
+
+def _instruction(name: str, x: Array) -> Array:
+    shape = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    (out,) = plgpu.elementwise_inline_asm(
+        f"{name} $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[shape]
+    )
+    return out
+
+
+def _polynomial(x: Array, coefficients: tuple[float, ...]) -> Array:
+    out = jnp.full_like(x, coefficients[-1])
+    for c in coefficients[-2::-1]:
+        out = out * x + c
+    return out

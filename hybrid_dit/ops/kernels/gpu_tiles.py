@@ -1,0 +1,141 @@
+"""What the GPU kernels (Pallas on Triton) share: sizes of tiles, masked loads and stores, products, block specs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from hybrid_dit.array_typing import Array
+
+TINY = 1e-18  # as in `ops.hybrid`
+COLUMNS = 16  # the narrowest second operand of a product: what sums over a tile's rows are multiplied by
+LONGEST = 128  # tile of tokens; arrays made here are padded to a multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Sizes of one kernel; powers of 2.
+
+    Attributes:
+        rows: tokens of a tile, at most `LONGEST`.
+        chunk: hidden units, or keys of softmax, that a step of the inner loop takes.
+        warps: of 32 threads.
+        stages: of the software pipeline that loads what the loop takes next.
+        passes: whether `read` and `key` go over the hidden units once for each power of φ: a quarter more products at
+            P = 2, but half as many accumulators.
+    """
+
+    rows: int = 128
+    chunk: int = 64
+    warps: int = 8
+    stages: int = 2
+    passes: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of all kernels, for Hopper; `benchmarks/attention_gpu.py` measures others.
+
+    Attributes:
+        state: sums over keys, Σ φ_k(k_j)ᵀ v_j.
+        read: read-out of the state for queries.
+        query: backward of the read-out.
+        key: backward of the sums over keys.
+        weights: gradient in φ's parameters.
+        inputs: gradient in what φ is applied to.
+        softmax: flash attention.
+        softmax_dq: its gradient in queries.
+        softmax_dkv: its gradient in keys and values.
+        programs: about how many programs share the sums over tokens, two for each of 132 multiprocessors.
+    """
+
+    state: Tile = Tile()
+    read: Tile = Tile()
+    query: Tile = Tile(rows=64)
+    key: Tile = Tile(rows=64)
+    weights: Tile = Tile(rows=64, chunk=32)
+    inputs: Tile = Tile(chunk=32)
+    softmax: Tile = Tile(chunk=128)
+    softmax_dq: Tile = Tile()
+    softmax_dkv: Tile = Tile(chunk=32)
+    programs: int = 264
+
+
+def params(tile: Tile) -> plgpu.CompilerParams:
+    """What the compiler is told about a kernel."""
+    return plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
+
+
+def dot(x: Array, y: Array) -> Array:
+    """x @ y accumulated and returned in float32; float32 operands are multiplied as such, not as TF32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dims = (((1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+# Loads and stores. A ref is one head's: [n, d], or a row vector [n].
+
+
+def rows(ref, start: Array, size: int, columns=None, other: float = 0.0) -> Array:
+    """`size` rows of `ref` from `start`, all columns or those of a `pl.ds`; `other` where they are past the end."""
+    real = start + jnp.arange(size) < ref.shape[0]
+    if len(ref.shape) == 1:
+        return plgpu.load(ref.at[pl.ds(start, size)], mask=real, other=other)
+    part = ref.at[pl.ds(start, size), slice(None) if columns is None else columns]
+    return plgpu.load(part, mask=real[:, None], other=other)
+
+
+def store_rows(ref, start: Array, value: Array) -> None:
+    """Writes `value` to the rows of `ref` from `start`, but for those past the end."""
+    real = start + jnp.arange(value.shape[0]) < ref.shape[0]
+    if value.ndim == 1:
+        plgpu.store(ref.at[pl.ds(start, len(value))], value.astype(ref.dtype), mask=real)
+    else:
+        plgpu.store(ref.at[pl.ds(start, len(value)), :], value.astype(ref.dtype), mask=real[:, None])
+
+
+# Row sums by the matrix unit: Σ_i x_i c_i of a tile x [t, f] is a column of xᵀ [c, 0, ...]. In registers it would take
+# shuffles between threads for every tile.
+
+
+def columns(*values: Array) -> Array:
+    """[t, COLUMNS] with the given vectors [t] as its first columns, zeros after them."""
+    column = jax.lax.broadcasted_iota(jnp.int32, (len(values[0]), COLUMNS), 1)
+    out = jnp.zeros(column.shape, jnp.float32)
+    for i, value in enumerate(values):
+        out = jnp.where(column == i, value[:, None].astype(jnp.float32), out)
+    return out
+
+
+def two_parts(x: Array, dtype) -> tuple[Array, ...]:
+    """float32 as a sum of numbers of `dtype`: two of 16 bits."""
+    if dtype == jnp.float32:
+        return (x,)
+    high = x.astype(dtype).astype(jnp.float32)
+    return high, x - high
+
+
+# Block specs for a grid (inner, head, video)
+
+
+def tokens_spec(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+    """All tokens of one video and head of [b, n, h, d]."""
+    return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda i, h, b: (b, 0, h, 0))
+
+
+def vector_spec(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+    """One video and head of [b, h, ...]."""
+    return pl.BlockSpec((None, None, *x.shape[2:]), lambda i, h, b: (b, h, *(0,) * (len(x.shape) - 2)))
+
+
+def head_spec(x: Array) -> pl.BlockSpec:
+    """One head of [h, ...]."""
+    return pl.BlockSpec((None, *x.shape[1:]), lambda i, h, b: (h, *(0,) * (x.ndim - 1)))
+
+
+def splits(programs: int, heads: int, tiles: int) -> tuple[int, int]:
+    """(how many programs share a head's tiles, tiles of each): about `programs` in all, none of them without a tile."""
+    each = -(-tiles // max(1, min(tiles, programs // heads)))
+    return -(-tiles // each), each

@@ -1,0 +1,257 @@
+"""The GPU kernels, interpreted on CPU, in the harness of `test_hybrid.py`: the float64 oracle, and the XLA path."""
+
+import contextlib
+import math
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import test_hybrid as harness
+from jax.sharding import Mesh, PartitionSpec
+from test_hybrid import U16, U32
+
+from hybrid_dit import surgery
+from hybrid_dit.ops import feature_maps, hybrid
+from hybrid_dit.ops.kernels import gpu_hybrid, gpu_softmax
+from hybrid_dit.ops.kernels.gpu_tiles import Tile, Tiles, splits
+from hybrid_dit.ops.softmax import softmax_attention
+from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+D = 16  # the narrowest head that the kernels take
+SMALL = Tiles(*(Tile(rows=32, chunk=16),) * 9, programs=6)
+GRID = (3, 5, 7)  # 105 tokens: four tiles of 32, seven chunks of 16 keys, none of which they fill
+ONE = (GRID, None, 1, 2)
+MAX = AttentionSpec("hybrid", 2)
+LSE = AttentionSpec("hybrid", 4, "lattice", FeatureMapSpec(degree=3, hidden=20, shared=True), "lse")
+LINEAR = AttentionSpec("linear", feature_map=FeatureMapSpec(degree=1))
+
+
+def make_point(spec, shape=ONE, dtype=jnp.float32, seed=0):
+    """As the harness makes it, with heads of width 16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "D", D)
+        return harness.make_point(spec, shape, dtype, seed)
+
+
+@lru_cache
+def compiled(spec, dtype="float32", backend="gpu", shape=ONE):
+    """(point, cotangent) -> (output, VJP), compiled once for all tests of this kind of attention."""
+    run = partial(gpu_hybrid.attention, sizes=SMALL) if backend == "gpu" else partial(hybrid.attention, backend="xla")
+
+    def both(point, cotangent):
+        y, vjp = jax.vjp(lambda *args: run(*args, spec=spec, grid=shape[0]), *point)
+        return y, oracle.Point(*vjp(cotangent))
+
+    point = make_point(spec, shape, jnp.dtype(dtype))
+    return jax.jit(both).lower(point, point.q).compile()
+
+
+def cotangent_of(point):
+    return jnp.asarray(np.random.default_rng(1).standard_normal(point.q.shape), point.q.dtype)
+
+
+def check_values(spec, point):
+    """Values agree with the oracle to the worst case of float32 rounding (`test_hybrid`); returns them and the VJP."""
+    exact = oracle.float64(point)
+    y, gradient = compiled(spec)(point, cotangent_of(point))
+    bound = 2 * harness.roundings(spec, exact) * U32 * np.abs(exact.v).max()
+    assert np.abs(oracle.float64(y) - oracle.attention(exact, spec, GRID)).max() <= bound
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    return y, gradient
+
+
+@pytest.mark.parametrize("spec", [MAX, LSE, LINEAR], ids=harness.name_of)
+def test_values_and_vjp_match_the_oracle(spec):
+    point = make_point(spec)
+    exact = oracle.float64(point)
+    y, gradient = check_values(spec, point)
+    assert np.abs(oracle.float64(y) - oracle.attention(exact, spec, GRID)).max() <= 1e-5  # what float32 is asked for
+    relative = 4 * harness.roundings(spec, exact) * U32  # as in `test_hybrid.check`
+    for leaf, error, size in harness.vjp_errors(exact, cotangent_of(point), oracle.float64(gradient), spec, GRID):
+        assert error <= relative * size + 1e-9, leaf
+        assert error <= 1e-5 * size, leaf
+
+
+def test_no_linear_tokens_is_softmax():
+    spec, grid = AttentionSpec("hybrid", 1), (1, 2, 3)  # fewer tokens than a tile has
+    point = make_point(spec, (grid, 1, 1, 1))
+
+    def vjp(f, *args):
+        y, backward = jax.vjp(f, *args)
+        return y, *backward(jnp.ones_like(y))
+
+    run = partial(gpu_hybrid.attention, spec=spec, grid=grid, sizes=SMALL)
+    *ours, phi = jax.jit(partial(vjp, run))(*point)
+    assert not any(g.any() for g in jax.tree.leaves(phi))
+    for a, b in zip(ours, jax.jit(partial(vjp, softmax_attention))(*point[:3])):
+        # Sums over 6 keys of terms of size 1, two programs' roundings each.
+        np.testing.assert_allclose(a, b, rtol=0, atol=32 * U32)
+
+
+def test_bfloat16_is_no_worse_than_plain_xla():
+    """Relative errors of the output, of dq, dk, dv and of φ's gradient; the margin is the issue's.
+
+    Of φ's leaves the root mean square: a bias has 16 numbers, whose errors' norm scatters by a half.
+    """
+    point = make_point(MAX, dtype=jnp.bfloat16)
+    cotangent = cotangent_of(point)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (point, cotangent))
+    # Its derivative was compared with the oracle's above, to 1e-5; bfloat16 makes errors of 1e-3.
+    expected = jax.tree.leaves(compiled(MAX)(*exact))
+
+    def errors(backend):
+        got = jax.tree.leaves(compiled(MAX, "bfloat16", backend)(point, cotangent))
+        each = [np.linalg.norm(oracle.float64(a) - b) / np.linalg.norm(b) for a, b in zip(got, expected)]
+        return np.array([*each[:4], np.sqrt(np.mean(np.square(each[4:])))])
+
+    fused, plain = errors("gpu"), errors("xla")
+    assert (fused <= 1.5 * plain).all() and (plain <= 4 * U16).all()
+
+
+@pytest.mark.parametrize("spec, how", [(MAX, "extreme"), (LSE, "extreme"), (MAX, "equal"), (LSE, "equal"), (MAX, "up")])
+def test_hard_logits(spec, how):
+    """Logits up to 1e4 in size; all equal; rising from tile to tile, so that all summed before underflows."""
+    point = make_point(spec)
+    if how == "equal":
+        point = point._replace(k=jnp.broadcast_to(point.k[:, :1], point.k.shape))
+    elif how == "extreme":
+        scale = (1e4 * D**0.5 / np.abs(np.einsum("bnhd,bmhd->bhnm", point.q, point.k)).max()) ** 0.5
+        point = point._replace(q=point.q * scale, k=point.k * scale)
+    else:
+        rise = jnp.linspace(0, 200, point.k.shape[1])[:, None, None]
+        point = point._replace(k=jnp.ones_like(point.k) * rise / D**0.5)
+    check_values(spec, point)
+
+
+@pytest.mark.parametrize("spec, bias", [(MAX, -200.0), (LSE, -200.0), (MAX, 1e6), (LINEAR, -200.0)])
+def test_one_part_vanishes(spec, bias):
+    """φ underflows to 0, beside a softmax part and alone, or is 1e12 and the softmax part below a roundoff of it."""
+    point = make_point(spec)
+    for phi in point.phi.values():
+        if phi:
+            phi["b1"] = jnp.full_like(phi["b1"], bias)
+    if spec is LINEAR:
+        y, gradient = compiled(spec)(point, cotangent_of(point))
+        assert not y.any() and all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    else:
+        check_values(spec, point)
+
+
+def test_under_vmap_checkpoint_and_shard_map():
+    """Blocks with maps of their own, one to a device: each gets what it gets alone."""
+    points = [make_point(MAX, seed=seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *points)
+
+    def gradient(point):
+        run = jax.checkpoint(partial(gpu_hybrid.attention, spec=MAX, grid=GRID, sizes=SMALL))
+        return jax.vjp(run, *point)[1](cotangent_of(point))
+
+    mesh, split = Mesh(jax.devices()[:2], ("x",)), PartitionSpec("x")
+    run = jax.shard_map(jax.vmap(gradient), mesh=mesh, in_specs=(split,), out_specs=split, check_vma=False)
+    ours = jax.jit(run)(stacked)
+    for i, point in enumerate(points):
+        _, alone = compiled(MAX)(point, cotangent_of(point))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(tuple(alone))):
+            assert np.linalg.norm(a[i] - b) <= 1e-6 * np.linalg.norm(b)
+
+
+# The linear part of stage 1
+
+SHORT = AttentionSpec("hybrid", 2, feature_map=FeatureMapSpec(degree=1))
+
+
+def loss(phi, qkv, teacher, spec, grid, backend):
+    sums = hybrid.softmax_part(*qkv, spec, grid)
+    return surgery.rate_loss(phi, qkv, teacher, sums, spec, grid, "value", jax.random.key(0), backend)
+
+
+def test_stage_one_gets_the_same_loss_and_gradient():
+    """With tokens that pad the grid's, and blocks side by side as in distillation."""
+    grid, padded = (1, 5, 7), (1, 5, 8)
+    points = [make_point(SHORT, (padded, 2, 1, 1), seed=seed) for seed in (0, 1)]
+    q, k, v, phi = jax.tree.map(lambda *x: jnp.stack(x), *points)
+
+    def run(backend):
+        f = jax.value_and_grad(partial(loss, spec=SHORT, grid=grid, backend=backend), has_aux=True)
+        return jax.jit(jax.vmap(f))(phi, (q, k, v), v)
+
+    for a, b in zip(jax.tree.leaves(run("gpu")), jax.tree.leaves(run("xla"))):
+        # Gradients of an L1 norm are signs: they add up without rounding, but a product's sum has some.
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+def total(phi, q, k, v, backend):
+    numerator, denominator = hybrid.linear_part(q, k, v, phi, SHORT, (1, 5, 7), backend)
+    return (numerator / (1 + denominator[..., None])).sum()
+
+
+def test_all_gradients_of_the_linear_part():
+    q, k, v, phi = make_point(SHORT, ((1, 5, 7), 2, 1, 1))
+    ours, plain = (jax.jit(jax.grad(partial(total, backend=b), (0, 1, 2, 3)))(phi, q, k, v) for b in ("gpu", "xla"))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+def test_gradients_in_q_k_v_are_made_only_where_asked_for():
+    q, k, v, phi = make_point(SHORT, ((1, 5, 7), 2, 1, 1))
+
+    def counts(argnums):
+        text = str(jax.make_jaxpr(jax.grad(partial(total, backend="gpu"), argnums))(phi, q, k, v))
+        return [text.count(f"name=hybrid_{x}_backward") for x in ("query", "key", "parameters", "inputs")]
+
+    assert counts(0) == [1, 1, 2, 0] and counts((0, 1, 2, 3)) == [1, 1, 2, 2]
+
+
+# Without a GPU
+
+
+def hopper():
+    """What GPU to lower for; JAX before 0.11 takes Hopper by itself."""
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+def test_kernels_lower_to_triton_at_full_size():
+    n = 32760
+    x = jax.ShapeDtypeStruct((1, n, 12, 128), jnp.bfloat16)
+    phi = jax.eval_shape(lambda: feature_maps.init(jax.random.key(0), 12, 128, MAX.feature_map))
+    run = partial(gpu_hybrid.attention, spec=MAX, grid=(1, 1, n), softmax="triton", interpret=False)
+    f = jax.jit(jax.grad(lambda *args: run(*args).astype(jnp.float32).sum(), (0, 1, 2, 3)))
+    with hopper():
+        text = f.trace(x, x, x, phi).lower(lowering_platforms=("cuda",)).as_text()
+    # state, softmax, read; query, key, 2 x parameters, 2 x inputs, dq, dkv
+    assert text.count("@__gpu$xla.gpu.triton") == 11
+
+
+def test_cudnn_backward_is_given_the_total_output_and_normaliser(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda *_: False)
+    q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.bfloat16) for n in (300, 150))
+    total = jax.ShapeDtypeStruct((1, 2, 300), jnp.float32)
+    run = partial(gpu_softmax.cudnn_backward, pad=True)
+    jaxpr = jax.make_jaxpr(run)(q, k, k, q, q, total).jaxpr
+    names = [e.primitive.name for e in jaxpr.eqns]
+    (call,) = (e for e in jaxpr.eqns if "attention" in e.primitive.name)
+    g, y, normaliser = jaxpr.invars[3:]
+    assert call.primitive.name.startswith("dot_product_attention_bwd") and "dot_product_attention_fwd" not in names
+    assert [x for x in call.invars if x in (g, y, normaliser)] == [normaliser, y, g]  # activation, output, cotangent
+    assert call.invars[1].aval.shape[1] == 256  # keys padded, and masked by their number
+    assert call.params["mask_type"] == cudnn.MaskType.PADDING
+    assert [x.aval.shape for x in jaxpr.outvars] == [q.shape, k.shape, k.shape]
+
+
+def test_tiles_cover_all_rows_once():
+    for programs, heads, tiles in ((264, 24, 512), (264, 96, 256), (264, 24, 1), (6, 4, 4), (264, 80, 591)):
+        share, each = splits(programs, heads, tiles)
+        assert (share - 1) * each < tiles <= share * each
+        assert share * heads <= max(programs, heads) and math.ceil(tiles / each) == share
