@@ -23,7 +23,7 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.model.height = 128 if tiny else 480  # multiples of 16
     c.model.width = 128 if tiny else 832
     c.model.compute_dtype = "float32" if tiny else "bfloat16"  # of activations; parameters are float32
-    c.model.attention_backend = "auto"  # xla; tpu, gpu: fused kernels, slow anywhere else; auto: on a single device
+    c.model.attention_backend = "auto"  # xla; tpu, gpu: fused kernels, slow anywhere else; auto: tpu on a single TPU
     c.model.negative_prompt = ""
 
     c.prompts = ConfigDict()

@@ -15,8 +15,9 @@ def choose(backend: str, spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -
 
     What the kernels don't take (softmax attention on a GPU, where cuDNN has it, a feature map of one's own, a head
     width other than 128 on a TPU, float16, on a GPU float32) runs on XLA whatever is asked for. "auto" is "tpu" in a
-    process with one TPU, "gpu" in one with one Hopper GPU, and "xla" everywhere else: the compiler can't split a
-    kernel over several devices by itself. Inside `shard_map` ask for "tpu" or "gpu".
+    process with one TPU and "xla" everywhere else: the compiler can't split a kernel over several devices by itself,
+    and the GPU's kernels have been compiled for Hopper but not run yet. Ask for "gpu" where you can check them, and
+    for "tpu" or "gpu" inside `shard_map`.
 
     Raises:
         UserError: an unknown name.
@@ -27,7 +28,5 @@ def choose(backend: str, spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -
         backend = "xla"
         if jax.device_count() == 1 and jax.default_backend() == "tpu" and tpu_hybrid.aligned(head_dim):
             backend = "tpu"
-        if jax.device_count() == 1 and jax.default_backend() == "gpu" and gpu_hybrid.tuned():
-            backend = "gpu"
     kernels = {"tpu": tpu_hybrid, "gpu": gpu_hybrid}.get(backend)
     return backend if kernels and kernels.fits(spec, head_dim, dtype) else "xla"

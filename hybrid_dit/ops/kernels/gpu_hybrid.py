@@ -50,11 +50,6 @@ def fits(spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -> bool:
     return spec.converted and gpu_phi.fits(spec.feature_map) and widths and dtype in dtypes
 
 
-def tuned() -> bool:
-    """Whether the default tiles are meant for this GPU; they need the 227 KiB of shared memory that Hopper has."""
-    return jax.devices()[0].compute_capability == "9.0"
-
-
 def _has_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
