@@ -6,8 +6,10 @@ Example:
     latents = run(params, noise, (context, negative_context), on_step=lambda done, x: print(done))
 """
 
-from hybrid_dit.sampling.loop import guided, sample, stepwise
+from hybrid_dit.sampling.guidance import guided, guided_steps
+from hybrid_dit.sampling.loop import sample, stepwise
 from hybrid_dit.sampling.schedule import Schedule, euler_schedule, shift_sigma, unipc_schedule, wan_schedule
+from hybrid_dit.sampling.step_cache import reused_steps
 from hybrid_dit.sampling.steppers import (
     SAMPLERS,
     Sampler,
@@ -27,7 +29,9 @@ __all__ = [
     "euler_ancestral",
     "euler_schedule",
     "guided",
+    "guided_steps",
     "make_sampler",
+    "reused_steps",
     "sample",
     "shift_sigma",
     "stepwise",
