@@ -43,7 +43,7 @@ def sample(
         return _step(velocity, sampler, carry, i, params, context, key, reuse), None
 
     steps = jnp.arange(sampler.schedule.num_steps)
-    (_, x, _), _ = jax.lax.scan(body, _start(sampler, noise, reuse), steps)
+    (_, x, _), _ = jax.lax.scan(body, start(sampler, noise, reuse), steps)
     return x
 
 
@@ -53,10 +53,10 @@ def stepwise(velocity: Velocity, sampler: Sampler) -> Callable[..., Array]:
     Its step is jitted. Keep the returned function: calling it again with equal shapes compiles nothing.
     `on_step(done, x)` is called after each step with the number of finished steps, once the step really is finished.
     """
-    step = jax.jit(lambda *args: _step(velocity, sampler, *args))
+    step = one_step(velocity, sampler)
 
     def run(params, noise, context=None, key=None, on_step=None, reuse=None):
-        carry = _start(sampler, noise, reuse)
+        carry = start(sampler, noise, reuse)
         for i in range(sampler.schedule.num_steps):
             carry = step(carry, i, params, context, key, reuse)
             if on_step is not None:
@@ -66,10 +66,15 @@ def stepwise(velocity: Velocity, sampler: Sampler) -> Callable[..., Array]:
     return run
 
 
-def _start(sampler, noise, reuse):
-    """The loop's carry: (the sampler's memory, x, the last velocity if steps may reuse it)."""
+def start(sampler: Sampler, noise: Array, reuse: Array | None = None) -> PyTree:
+    """Returns the loop's carry: (the sampler's memory, x, the last velocity if steps may reuse it)."""
     x = noise.astype(jnp.float32)
     return sampler.init(x), x, () if reuse is None else jnp.zeros_like(x)
+
+
+def one_step(velocity: Velocity, sampler: Sampler):
+    """Returns the jitted step (carry, i, params, context, key, reuse) -> carry."""
+    return jax.jit(lambda *args: _step(velocity, sampler, *args))
 
 
 def _step(velocity, sampler, carry, i, params, context, key, reuse):
