@@ -127,5 +127,6 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.sample.batch = 3 if tiny else 1  # videos at once; devices share them, and those left over share their tokens
     c.sample.sequential = not tiny  # guidance's branches one after the other: half the memory
     c.sample.windows = 0  # of columns, decoded one after the other to save memory; 0: what devices share, else 1
+    c.sample.vae_dtype = "float32"  # of the VAE's activations; bfloat16 takes half the memory
     c.sample.fps = 16
     return c

@@ -91,7 +91,9 @@ def make_velocity(
     return velocity
 
 
-def decode_to_uint8(vae: VAEConfig, params, latents: Array, windows: int = 1, spread=None) -> Array:
+def decode_to_uint8(
+    vae: VAEConfig, params, latents: Array, windows: int = 1, spread=None, dtype: DTypeLike = jnp.float32
+) -> Array:
     """Returns the videos of normalised latents, uint8 [b, t, y, x, 3], decoded in pieces; for jit.
 
     Args:
@@ -100,13 +102,14 @@ def decode_to_uint8(vae: VAEConfig, params, latents: Array, windows: int = 1, sp
         latents: [b, t, y, x, c].
         windows: of columns, see `vae_windows`.
         spread: where windows are decoded, likewise.
+        dtype: of activations.
     """
 
     def to_uint8(video):
         return jnp.round((video.astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
 
     latents = vae.denormalize(latents)
-    return decode_in_windows(WanVAE(vae), params, latents, windows, DECODE_CHUNK, to_uint8, spread)
+    return decode_in_windows(WanVAE(vae, dtype), params, latents, windows, DECODE_CHUNK, to_uint8, spread)
 
 
 def encode_video(vae: VAEConfig, params, video: Array) -> Array:
@@ -164,6 +167,7 @@ class Generator:
         reuse: float = 0.0,
         mesh: Mesh | None = None,
         windows: int = 0,
+        vae_dtype: DTypeLike = jnp.float32,
     ):
         """Prepares sampling with a pipeline's sizes, VAE and timestep shift; its DiT parameters are not used.
 
@@ -179,13 +183,15 @@ class Generator:
             reuse: threshold for steps that take an earlier velocity, see `reused_steps`; 0: none.
             mesh: from `sharding.distill_mesh`; None: one device.
             windows: in which videos are decoded, one after the other; 0: those that devices share, whole on one.
+            vae_dtype: of the VAE's activations.
         """
         self.wan, self.guidance, self.dtype, self.backend = pipeline.wan, guidance, jnp.dtype(dtype), backend
         self.sampler = make_sampler(sampler, num_steps, pipeline.shift)
         self.interval, self.sequential, self.mesh = interval, sequential, mesh if mesh and mesh.size > 1 else None
         if windows < 0 or not interval[0] <= interval[1]:
             raise UserError(f"windows={windows} must be at least 0, and the interval {interval} not be empty")
-        self._threshold, self._windows, self._vae = reuse, windows, pipeline.vae
+        self._threshold, self._windows = reuse, windows
+        self._vae, self._vae_dtype = pipeline.vae, jnp.dtype(vae_dtype)
         reused_steps(np.ones((1, 1)), reuse)  # refuses thresholds that are none
         self._runs: dict[tuple[AttentionSpec, ...], Callable[..., Array]] = {}
         self._decoders: dict[tuple[int, ...], Callable[..., Array]] = {}
@@ -255,14 +261,17 @@ class Generator:
         """Returns the videos of normalised latents, uint8 [b, t, y, x, 3], and the seconds it took."""
         if latents.shape not in self._decoders:
             whole = None if self.mesh is None else sharding.replicated(self.mesh)
-            decode = jax.jit(decoder(self._vae, len(latents), self._windows, self.mesh), out_shardings=whole)
+            decode = decoder(self._vae, len(latents), self._windows, self.mesh, self._vae_dtype)
+            decode = jax.jit(decode, out_shardings=whole)
             self._decoders[latents.shape] = decode.lower(self._vae_params, latents).compile()
         began = time.perf_counter()
         videos = np.asarray(self._decoders[latents.shape](self._vae_params, latents))
         return videos, time.perf_counter() - began
 
 
-def decoder(vae: VAEConfig, batch: int, windows: int = 0, mesh: Mesh | None = None) -> Callable[..., Array]:
+def decoder(
+    vae: VAEConfig, batch: int, windows: int = 0, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
+) -> Callable[..., Array]:
     """Returns `decode_to_uint8` of (parameters, latents [batch, ...]) for the devices of a mesh.
 
     Args:
@@ -270,11 +279,12 @@ def decoder(vae: VAEConfig, batch: int, windows: int = 0, mesh: Mesh | None = No
         batch: videos at once.
         windows: see `Generator`.
         mesh: of the program; None: one device.
+        dtype: of activations.
     """
     spread = None
     if mesh is not None and mesh.size > 1 and not windows:  # as many as give every device one
         windows, spread = mesh.size // math.gcd(batch, mesh.size), partial(_over_all, mesh)
-    return partial(decode_to_uint8, vae, windows=windows or 1, spread=spread)
+    return partial(decode_to_uint8, vae, windows=windows or 1, spread=spread, dtype=dtype)
 
 
 def _over_all(mesh: Mesh, x: Array) -> Array:

@@ -183,7 +183,7 @@ def decode_step(config, wan: WanConfig, shape: tuple[int, ...], target: Target) 
     dit = sample_loading.abstract_params(dit, mesh, jnp.dtype(config.model.compute_dtype))
     vae_params = jax.tree.map(lambda x: _float(x.shape, whole), abstract_vae(vae))
     latents = _float((cfg.batch, *shape), sample_loading.by_video(mesh, cfg.batch))
-    decode = generation.decoder(vae, cfg.batch, cfg.windows, mesh)
+    decode = generation.decoder(vae, cfg.batch, cfg.windows, mesh, jnp.dtype(cfg.vae_dtype))
     step = jax.jit(lambda dit, *rest: decode(*rest), out_shardings=whole, keep_unused=True)
     return step.lower(dit, vae_params, latents)
 

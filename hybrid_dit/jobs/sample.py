@@ -106,6 +106,7 @@ def make_generator(config, mesh) -> generation.Generator:
         reuse=cfg.reuse,
         mesh=mesh,
         windows=cfg.windows,
+        vae_dtype=cfg.vae_dtype,
     )
 
 
