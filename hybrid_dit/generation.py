@@ -55,7 +55,9 @@ def text_context(pipeline: Pipeline, prompts: Sequence[str]) -> tuple[Array, Arr
     """
     ids, lengths = pipeline.tokenizer(prompts, pipeline.text_tokens)
     rows = min(-(-int(lengths.max()) // TEXT_ROWS) * TEXT_ROWS, pipeline.text_tokens)
-    embed, params = _text_encoder(pipeline.text), jax.device_put(pipeline.text_params)
+    params = jax.device_put(pipeline.text_params)
+    place = jax.tree.leaves(params)[0].sharding  # of an encoder on a mesh: what it returns is whole on every device
+    embed = _text_encoder(pipeline.text, sharding.replicated(place.mesh) if isinstance(place, NamedSharding) else None)
     batch = min(TEXT_BATCH, len(prompts))
     parts = []
     for start in range(0, len(prompts), batch):
@@ -65,9 +67,9 @@ def text_context(pipeline: Pipeline, prompts: Sequence[str]) -> tuple[Array, Arr
 
 
 @functools.lru_cache(maxsize=2)
-def _text_encoder(config: UMT5Config) -> Callable[..., Array]:
+def _text_encoder(config: UMT5Config, place: NamedSharding | None) -> Callable[..., Array]:
     """One jitted function per encoder, so that only new shapes compile."""
-    return jax.jit(partial(encode_prompts, UMT5Encoder(config)))
+    return jax.jit(partial(encode_prompts, UMT5Encoder(config)), out_shardings=place)
 
 
 def make_velocity(
@@ -212,7 +214,8 @@ class Generator:
         """Returns which steps reuse a velocity, bool [steps]; None if none may."""
         if not self._threshold:
             return None
-        features = jax.jit(partial(modulation, self.wan))(params, self.sampler.schedule.timesteps)
+        whole = None if self.mesh is None else sharding.replicated(self.mesh)
+        features = jax.jit(partial(modulation, self.wan), out_shardings=whole)(params, self.sampler.schedule.timesteps)
         return reused_steps(features, self._threshold)
 
     def denoise(

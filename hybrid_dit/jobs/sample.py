@@ -1,12 +1,15 @@
 """Samples videos of prompts with the teacher or the finished hybrid."""
 
-import re
+import itertools
+import os
+import shutil
 import zlib
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from hybrid_dit import generation, pictures, sample_loading, sharding
@@ -41,14 +44,12 @@ def run(config, workdir: Path) -> None:
     stage, settings = f"sample_{cfg.variant}", _settings(config)
     is_done(workdir, stage, settings)  # other settings are told before weights are read
     videos, sheets = workdir / stage / "videos", workdir / stage / "sheets"
-    _remove_interrupted(videos)
-    todo = [
-        (name, prompt, i)
-        for name, prompt in prompts.items()
-        for i in range(cfg.samples)
-        if not (videos / f"{generation.file_stem(name, i)}.mp4").is_file()
-    ]
-    total = len(prompts) * cfg.samples
+    # VBench takes everything in the folder of videos for one, hidden files too: only finished ones are moved there.
+    unfinished = workdir / stage / "unfinished"
+    wanted_videos = [(name, prompt, i) for name, prompt in prompts.items() for i in range(cfg.samples)]
+    missing = [not (videos / f"{generation.file_stem(name, i)}.mp4").is_file() for name, _, i in wanted_videos]
+    todo = list(itertools.compress(wanted_videos, _as_first_process_says(missing)))
+    total = len(wanted_videos)
     print(f"sample: {total} videos with the {cfg.variant}, {total - len(todo)} of them in {videos} already")
     if not todo:
         return
@@ -86,8 +87,12 @@ def run(config, workdir: Path) -> None:
         )
         for (name, prompt, i), video in zip(videos_now, generator.decode(latents)[0]):
             stem = generation.file_stem(name, i)
-            pictures.contact_sheet(sheets / f"{stem}.png", {f"sample {i}": video}, title=prompt, fps=cfg.fps)
-            write_mp4(videos / f"{stem}.mp4", video, cfg.fps)  # last: this file says that the video is finished
+            if jax.process_index() == 0:  # every process has all videos
+                pictures.contact_sheet(sheets / f"{stem}.png", {f"sample {i}": video}, title=prompt, fps=cfg.fps)
+                write_mp4(unfinished / f"{stem}.mp4", video, cfg.fps)
+                videos.mkdir(exist_ok=True)
+                os.replace(unfinished / f"{stem}.mp4", videos / f"{stem}.mp4")  # last: the video is finished
+    shutil.rmtree(unfinished, ignore_errors=True)  # with what killed runs left
     print(f"sample: videos in {videos}, strips of frames in {sheets}")
 
 
@@ -149,8 +154,7 @@ def _settings(config):
     return config
 
 
-def _remove_interrupted(videos: Path) -> None:
-    """Deletes unfinished files of a killed run: VBench takes everything in the folder for a video."""
-    for file in videos.glob(".*.mp4"):
-        if re.fullmatch(r"\.[0-9a-f]{32}\.mp4", file.name):
-            file.unlink()
+def _as_first_process_says(flags: list[bool]) -> np.ndarray:
+    """Returns the first process's flags in all of them: each looks at the disk at another moment."""
+    flags = np.array(flags)
+    return flags if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(flags))

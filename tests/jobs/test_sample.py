@@ -58,13 +58,21 @@ def test_finished_videos_are_kept_and_missing_ones_made(root, monkeypatch):
     before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in videos.iterdir()}
     lost = f"{PROMPTS[1]}-0.mp4"
     (videos / lost).unlink()
-    (videos / f".{'0' * 32}.mp4").write_bytes(b"what a killed run leaves")
+    unfinished = videos.parent / "unfinished"
+    unfinished.mkdir()
+    (unfinished / ".partial-1.mp4").write_bytes(b"what a killed run leaves")
     made = []
     write = sample.write_mp4
-    monkeypatch.setattr(sample, "write_mp4", lambda path, *args: (made.append(path.name), write(path, *args)))
+
+    def look(path, *args):
+        made.append(path.name)
+        write(path, *args)
+        assert names(videos) == sorted(set(before) - {lost})  # nothing there but finished videos
+
+    monkeypatch.setattr(sample, "write_mp4", look)
     sample.run(tiny_config("sample", root, **TWICE), root / "run")
     assert made == [lost]
-    assert names(videos) == sorted(before)
+    assert names(videos) == sorted(before) and not unfinished.exists()
     for name, (time, content) in before.items():
         if name == lost:
             (root / "old.mp4").write_bytes(content)
