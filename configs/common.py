@@ -6,6 +6,11 @@ A job's config is `get_config(model)` with its `job` set, so that jobs run one b
 from ml_collections import ConfigDict
 
 MODELS = ("tiny", "wan_1_3b", "wan_14b")
+WAN_NEGATIVE_PROMPT = (  # the original release's own
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 
 
 def get_config(job: str, model: str) -> ConfigDict:
@@ -24,7 +29,7 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.model.width = 128 if tiny else 832
     c.model.compute_dtype = "float32" if tiny else "bfloat16"  # of activations; parameters are float32
     c.model.attention_backend = "auto"  # xla; tpu, gpu: fused kernels, slow anywhere else; auto: tpu on a single TPU
-    c.model.negative_prompt = ""
+    c.model.negative_prompt = "" if tiny else WAN_NEGATIVE_PROMPT  # of guidance
 
     c.prompts = ConfigDict()
     c.prompts.train = "assets/prompts/train.txt" if tiny else ""  # one prompt a line
@@ -117,6 +122,11 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.sample.sampler = "unipc"
     c.sample.sample_steps = 20 if tiny else 50
     c.sample.guidance = 3.0 if tiny else 6.0
-    c.sample.batch = 3 if tiny else 1
+    c.sample.interval = (0.0, 1000.0)  # timesteps that are guided (arXiv:2404.07724); outside, one branch is computed
+    c.sample.reuse = 0.0  # keep the velocity while the time modulation has changed by less (try 0.1); 0: never
+    c.sample.batch = 3 if tiny else 1  # videos at once; devices share them, and those left over share their tokens
+    c.sample.sequential = not tiny  # guidance's branches one after the other: half the memory
+    c.sample.windows = 0  # of columns, decoded one after the other to save memory; 0: what devices share, else 1
+    c.sample.vae_dtype = "float32"  # of the VAE's activations; bfloat16 takes half the memory
     c.sample.fps = 16
     return c

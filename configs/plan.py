@@ -6,6 +6,9 @@ Takes:  a minute or two, and a few GiB of memory.
 Gives:  a table of memory, collectives and FLOPs per device, and the same as JSON in runs/plan (or --workdir). The exit
         code is 1 if the step does not fit.
 
+The jobs sample and decode are one denoising step of configs/sample.py and the VAE's part of it, beside the DiT;
+--config.sample.variant=finetuned plans the hybrid that --config.select.budget names.
+
 With --config.job=select it asks the TPU compiler what one block's self-attention costs at every rate, for
 `--config.select.costs=compiled --config.select.estimate=FILE`.
 """
@@ -16,7 +19,9 @@ from configs import common
 
 
 def get_config(model: str = "tiny") -> ConfigDict:
-    c = common.get_config("distill", model)  # job: whose step is compiled: distill, finetune or select
+    c = common.get_config(
+        "distill", model
+    )  # job: what is compiled: a step of distill, finetune or sample, decode, or select
     c.run = "plan"
     c.default_workdir = "runs/plan"
     c.target = "v5e:4x4"  # a TPU generation and topology, v5e:1x1 for one chip, or cpu:N

@@ -1,6 +1,7 @@
 """From prompts to videos with a pipeline: text context, velocity function, sampling, decoding."""
 
 import functools
+import math
 import re
 import statistics
 import time
@@ -10,15 +11,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybrid_dit.array_typing import Array, DTypeLike
+from hybrid_dit import sharding
+from hybrid_dit.array_typing import Array, DTypeLike, Shaped
 from hybrid_dit.convert.pipeline import Pipeline
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.umt5 import UMT5Config, UMT5Encoder, encode_prompts
-from hybrid_dit.models.vae import VAEConfig, WanVAE, decode_chunked, encode
-from hybrid_dit.models.wan import WanConfig, WanDiT, pack_text
+from hybrid_dit.models.vae import VAEConfig, WanVAE, encode
+from hybrid_dit.models.vae_windows import decode_in_windows
+from hybrid_dit.models.wan import WanConfig, WanDiT, modulation, pack_text
 from hybrid_dit.ops.spec import AttentionSpec
-from hybrid_dit.sampling import guided, make_sampler, stepwise
+from hybrid_dit.sampling import ALWAYS, guided, guided_steps, make_sampler, reused_steps, stepwise
+from hybrid_dit.split_dit import SplitDiT
 
 TEXT_ROWS = 8  # text lengths are rounded up to a multiple, so that few shapes are compiled
 TEXT_BATCH = 16  # prompts encoded at once
@@ -50,7 +55,9 @@ def text_context(pipeline: Pipeline, prompts: Sequence[str]) -> tuple[Array, Arr
     """
     ids, lengths = pipeline.tokenizer(prompts, pipeline.text_tokens)
     rows = min(-(-int(lengths.max()) // TEXT_ROWS) * TEXT_ROWS, pipeline.text_tokens)
-    embed, params = _text_encoder(pipeline.text), jax.device_put(pipeline.text_params)
+    params = jax.device_put(pipeline.text_params)
+    place = jax.tree.leaves(params)[0].sharding  # of an encoder on a mesh: what it returns is whole on every device
+    embed = _text_encoder(pipeline.text, sharding.replicated(place.mesh) if isinstance(place, NamedSharding) else None)
     batch = min(TEXT_BATCH, len(prompts))
     parts = []
     for start in range(0, len(prompts), batch):
@@ -60,15 +67,24 @@ def text_context(pipeline: Pipeline, prompts: Sequence[str]) -> tuple[Array, Arr
 
 
 @functools.lru_cache(maxsize=2)
-def _text_encoder(config: UMT5Config) -> Callable[..., Array]:
+def _text_encoder(config: UMT5Config, place: NamedSharding | None) -> Callable[..., Array]:
     """One jitted function per encoder, so that only new shapes compile."""
-    return jax.jit(partial(encode_prompts, UMT5Encoder(config)))
+    return jax.jit(partial(encode_prompts, UMT5Encoder(config)), out_shardings=place)
 
 
 def make_velocity(
-    wan: WanConfig, attention: tuple[AttentionSpec, ...] = (), dtype: DTypeLike = jnp.float32, backend: str = "auto"
+    wan: WanConfig,
+    attention: tuple[AttentionSpec, ...] = (),
+    dtype: DTypeLike = jnp.float32,
+    backend: str = "auto",
+    mesh: Mesh | None = None,
 ) -> Callable[..., Array]:
-    """Returns velocity(params, x, t, (text, count)) for `hybrid_dit.sampling`."""
+    """Returns velocity(params, x, t, (text, count)) for `hybrid_dit.sampling`, on the devices of a mesh or on one.
+
+    `backend` is that of self-attention on one device; see `SplitDiT` for several.
+    """
+    if mesh is not None and mesh.size > 1:
+        return SplitDiT(wan, attention, dtype, mesh).velocity
     model = WanDiT(wan, attention, dtype, backend=backend)
 
     def velocity(params, x, t, context):
@@ -77,10 +93,25 @@ def make_velocity(
     return velocity
 
 
-def decode_to_uint8(vae: VAEConfig, params, latents: Array) -> Array:
-    """Returns the videos of normalised latents, uint8 [b, t, y, x, 3], decoded in pieces; for jit."""
-    video = decode_chunked(WanVAE(vae), params, vae.denormalize(latents), DECODE_CHUNK)
-    return jnp.round((video + 1) * 127.5).astype(jnp.uint8)
+def decode_to_uint8(
+    vae: VAEConfig, params, latents: Array, windows: int = 1, spread=None, dtype: DTypeLike = jnp.float32
+) -> Array:
+    """Returns the videos of normalised latents, uint8 [b, t, y, x, 3], decoded in pieces; for jit.
+
+    Args:
+        vae: the VAE's config.
+        params: its parameters.
+        latents: [b, t, y, x, c].
+        windows: of columns, see `vae_windows`.
+        spread: where windows are decoded, likewise.
+        dtype: of activations.
+    """
+
+    def to_uint8(video):
+        return jnp.round((video.astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
+
+    latents = vae.denormalize(latents)
+    return decode_in_windows(WanVAE(vae, dtype), params, latents, windows, DECODE_CHUNK, to_uint8, spread)
 
 
 def encode_video(vae: VAEConfig, params, video: Array) -> Array:
@@ -98,6 +129,27 @@ def noise_key(seed: int) -> Array:
     return jax.random.fold_in(jax.random.key(seed), int.from_bytes(b"eval"))
 
 
+def named_noise(
+    key: Array, shape: tuple[int, ...], names: Shaped[Array, "b"], numbers: Shaped[Array, "b"]
+) -> tuple[Array, Array]:
+    """Returns noise [b, *shape] and keys [b] for samplers, of the videos numbered `numbers` of the prompts `names`.
+
+    Each depends on `key`, its name and its number alone, to the last bit.
+
+    Args:
+        key: from `noise_key`.
+        shape: of one video's latents.
+        names: CRC-32 of every prompt's name, uint32.
+        numbers: which video of the prompt, uint32.
+    """
+
+    def one(name, number):
+        own = jax.random.fold_in(jax.random.fold_in(key, number), name)
+        return jax.random.normal(own, shape), jax.random.fold_in(own, int.from_bytes(b"step"))
+
+    return jax.vmap(one)(names, numbers)
+
+
 class Generator:
     """Samples and decodes with programs that are compiled once per attention and shape; parameters are arguments.
 
@@ -112,6 +164,12 @@ class Generator:
         guidance: float,
         dtype: DTypeLike,
         backend: str = "auto",
+        interval: tuple[float, float] = ALWAYS,
+        sequential: bool = False,
+        reuse: float = 0.0,
+        mesh: Mesh | None = None,
+        windows: int = 0,
+        vae_dtype: DTypeLike = jnp.float32,
     ):
         """Prepares sampling with a pipeline's sizes, VAE and timestep shift; its DiT parameters are not used.
 
@@ -121,19 +179,44 @@ class Generator:
             num_steps: denoising steps.
             guidance: scale; 1 evaluates the conditional branch alone.
             dtype: of the DiT's activations.
-            backend: of its self-attention, see `ops.backends`.
+            backend: of its self-attention, see `ops.backends`; on one device.
+            interval: of the timesteps that are guided, see `guided`.
+            sequential: guidance's branches one after the other.
+            reuse: threshold for steps that take an earlier velocity, see `reused_steps`; 0: none.
+            mesh: from `sharding.distill_mesh`; None: one device.
+            windows: in which videos are decoded, one after the other; 0: those that devices share, whole on one.
+            vae_dtype: of the VAE's activations.
         """
         self.wan, self.guidance, self.dtype, self.backend = pipeline.wan, guidance, jnp.dtype(dtype), backend
         self.sampler = make_sampler(sampler, num_steps, pipeline.shift)
+        self.interval, self.sequential, self.mesh = interval, sequential, mesh if mesh and mesh.size > 1 else None
+        if windows < 0 or not interval[0] <= interval[1]:
+            raise UserError(f"windows={windows} must be at least 0, and the interval {interval} not be empty")
+        self._threshold, self._windows = reuse, windows
+        self._vae, self._vae_dtype = pipeline.vae, jnp.dtype(vae_dtype)
+        reused_steps(np.ones((1, 1)), reuse)  # refuses thresholds that are none
         self._runs: dict[tuple[AttentionSpec, ...], Callable[..., Array]] = {}
-        self._decode = jax.jit(partial(decode_to_uint8, pipeline.vae))
         self._decoders: dict[tuple[int, ...], Callable[..., Array]] = {}
-        self._vae_params = jax.device_put(pipeline.vae_params)
+        whole = None if self.mesh is None else sharding.replicated(self.mesh)
+        self._vae_params = jax.device_put(pipeline.vae_params, whole)
 
     @property
     def forwards(self) -> int:
-        """Forward passes of the DiT per video."""
-        return self.sampler.schedule.num_steps * (1 if self.guidance == 1 else 2)
+        """Forward passes of the DiT per video, if no step is reused."""
+        return self.sampler.schedule.num_steps + int(self._guided.sum())
+
+    @property
+    def _guided(self) -> np.ndarray:
+        times = self.sampler.schedule.timesteps
+        return guided_steps(times, self.interval) & (self.guidance != 1)
+
+    def reused(self, params) -> np.ndarray | None:
+        """Returns which steps reuse a velocity, bool [steps]; None if none may."""
+        if not self._threshold:
+            return None
+        whole = None if self.mesh is None else sharding.replicated(self.mesh)
+        features = jax.jit(partial(modulation, self.wan), out_shardings=whole)(params, self.sampler.schedule.timesteps)
+        return reused_steps(features, self._threshold)
 
     def denoise(
         self,
@@ -145,7 +228,7 @@ class Generator:
         key: Array | None = None,
         on_step: Callable[[int], None] = lambda done: None,
     ) -> tuple[Array, float]:
-        """Returns the latents of a batch, and the seconds it took: the median step times the number of steps.
+        """Returns the latents of a batch, and the seconds it took: the median of each kind of step times their number.
 
         Args:
             attention: one spec per block; empty for softmax everywhere.
@@ -153,14 +236,12 @@ class Generator:
             noise: [b, t, y, x, c].
             context: of the prompts, from `text_context`.
             negative: of the negative prompt, a batch of 1.
-            key: for samplers that draw noise.
+            key: for samplers that draw noise, see `Sampler`.
             on_step: called with the number of finished steps.
         """
         if attention not in self._runs:
-            velocity = make_velocity(self.wan, attention, self.dtype, self.backend)
-            self._runs[attention] = stepwise(
-                velocity if self.guidance == 1 else guided(velocity, self.guidance), self.sampler
-            )
+            velocity = self.velocity(attention)
+            self._runs[attention] = stepwise(velocity, self.sampler)
         times = [time.perf_counter()]
 
         def after_step(done: int, _) -> None:
@@ -168,17 +249,57 @@ class Generator:
             on_step(done)
 
         both = context if self.guidance == 1 else (context, negative)
-        latents = self._runs[attention](params, noise, both, key, after_step)
-        steps = [after - before for before, after in zip(times, times[1:])]
-        return latents, statistics.median(steps[1:] or steps) * len(steps)  # the first step may have compiled
+        reuse = self.reused(params)
+        latents = self._runs[attention](params, noise, both, key, after_step, reuse)
+        none = np.zeros(self.sampler.schedule.num_steps, bool)
+        kinds = list(zip(self._guided.tolist(), (none if reuse is None else reuse).tolist()))
+        return latents, _usual_seconds([after - before for before, after in zip(times, times[1:])], kinds)
+
+    def velocity(self, attention: tuple[AttentionSpec, ...]) -> Callable[..., Array]:
+        """Returns the velocity function of one step, guidance included."""
+        velocity = make_velocity(self.wan, attention, self.dtype, self.backend, self.mesh)
+        return velocity if self.guidance == 1 else guided(velocity, self.guidance, self.interval, self.sequential)
 
     def decode(self, latents: Array) -> tuple[np.ndarray, float]:
         """Returns the videos of normalised latents, uint8 [b, t, y, x, 3], and the seconds it took."""
         if latents.shape not in self._decoders:
-            self._decoders[latents.shape] = self._decode.lower(self._vae_params, latents).compile()
+            whole = None if self.mesh is None else sharding.replicated(self.mesh)
+            decode = decoder(self._vae, len(latents), self._windows, self.mesh, self._vae_dtype)
+            decode = jax.jit(decode, out_shardings=whole)
+            self._decoders[latents.shape] = decode.lower(self._vae_params, latents).compile()
         began = time.perf_counter()
         videos = np.asarray(self._decoders[latents.shape](self._vae_params, latents))
         return videos, time.perf_counter() - began
+
+
+def decoder(
+    vae: VAEConfig, batch: int, windows: int = 0, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
+) -> Callable[..., Array]:
+    """Returns `decode_to_uint8` of (parameters, latents [batch, ...]) for the devices of a mesh.
+
+    Args:
+        vae: the VAE's config.
+        batch: videos at once.
+        windows: see `Generator`.
+        mesh: of the program; None: one device.
+        dtype: of activations.
+    """
+    spread = None
+    if mesh is not None and mesh.size > 1 and not windows:  # as many as give every device one
+        windows, spread = mesh.size // math.gcd(batch, mesh.size), partial(_over_all, mesh)
+    return partial(decode_to_uint8, vae, windows=windows or 1, spread=spread, dtype=dtype)
+
+
+def _over_all(mesh: Mesh, x: Array) -> Array:
+    """Splits the leading axis over all devices, where that divides."""
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return x if len(x) % mesh.size else jax.lax.with_sharding_constraint(x, split)
+
+
+def _usual_seconds(seconds: Sequence[float], kinds: Sequence) -> float:
+    """Returns the sum of all steps with each replaced by the median of its kind, the first left out: it may compile."""
+    groups = {kind: [s for s, k in zip(seconds[1:], kinds[1:]) if k == kind] for kind in kinds}
+    return sum(statistics.median(groups[kind] or seconds[:1]) for kind in kinds)
 
 
 def file_stem(prompt: str, index: int) -> str:

@@ -36,6 +36,13 @@ DIT_RULES: Rules = (
     (r"head_modulation", PartitionSpec()),
 )
 
+TEXT_RULES: Rules = (
+    (r"blocks/.*/kernel", PartitionSpec(None, AXIS)),
+    (r"embed/embedding", PartitionSpec(AXIS)),
+    (r".*(scale|relative_bias)", PartitionSpec()),
+)
+REPLICATED: Rules = ((r".*", PartitionSpec()),)
+
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh with all devices (or those given) along one axis."""

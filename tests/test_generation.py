@@ -94,6 +94,26 @@ def test_guidance_of_one_takes_half_the_forwards(pipeline):
     assert forwards == [7, 14]
 
 
+def test_forwards_of_an_interval_and_reused_steps(pipeline):
+    generator = generation.Generator(pipeline, "euler", 10, 3.0, "float32", interval=(500.0, 900.0), reuse=1e9)
+    inside = sum(500 <= t <= 900 for t in generator.sampler.schedule.timesteps)
+    assert 0 < inside < 10 and generator.forwards == 10 + inside
+    np.testing.assert_array_equal(generator.reused(pipeline.dit), [False, *[True] * 8, False])
+    assert generation.Generator(pipeline, "euler", 10, 3.0, "float32").reused(pipeline.dit) is None
+
+
+@pytest.mark.parametrize("values", [{"windows": -1}, {"interval": (900.0, 500.0)}, {"reuse": -0.1}])
+def test_impossible_settings_are_refused(pipeline, values):
+    with pytest.raises(UserError, match="at least 0"):
+        generation.Generator(pipeline, "euler", 10, 3.0, "float32", **values)
+
+
+def test_seconds_are_the_medians_of_each_kind_of_step():
+    # The first step compiled; the kinds "a" and "b" take 2 and 1 seconds, one "a" was disturbed.
+    assert generation._usual_seconds([50.0, 2.0, 1.0, 2.0, 9.0, 1.0], ["a", "a", "b", "a", "a", "b"]) == 4 * 2 + 2 * 1
+    assert generation._usual_seconds([5.0], ["a"]) == 5
+
+
 def test_one_program_per_attention_whatever_the_parameters(pipeline, monkeypatch):
     traces = []
     original = generation.make_velocity
@@ -134,6 +154,17 @@ def test_a_text_does_not_depend_on_the_texts_beside_it(pipeline):
         # Another batch and padding change the order of float32 sums alone: values are of order 1.
         np.testing.assert_allclose(text[i, :own], alone[0, :own], atol=1e-5)
         assert not np.asarray(text[i, own:]).any()  # Wan's padding is zero
+
+
+def test_named_noise_depends_on_seed_name_and_number_alone():
+    key, names, numbers = generation.noise_key(0), np.uint32([7, 7, 9]), np.uint32([0, 1, 0])
+    noise, keys = generation.named_noise(key, (2, 3), names, numbers)
+    alone, own = generation.named_noise(key, (2, 3), names[2:], numbers[2:])
+    np.testing.assert_array_equal(noise[2], alone[0])
+    np.testing.assert_array_equal(jax.random.key_data(keys)[2], jax.random.key_data(own)[0])
+    distinct = [*noise, jax.random.normal(own[0], (2, 3)), generation.named_noise(key, (2, 3), numbers, names)[0][0]]
+    for i, a in enumerate(distinct):
+        assert all(np.abs(a - b).min() > 0 for b in distinct[:i])
 
 
 def test_noise_of_a_sample_depends_on_key_and_index_alone():

@@ -14,7 +14,7 @@ from hybrid_dit.errors import UserError
 JOBS = ("surgery", "distill", "select_rates", "finetune", "export", "evaluate", "sample", "pretrain", "plan")
 JOBS += ("build_data",)
 # What all processes of a run do together; the first does the other jobs alone.
-TOGETHER = ("surgery", "distill", "finetune", "build_data")
+TOGETHER = ("surgery", "distill", "finetune", "sample", "build_data")
 
 
 def load(name: str) -> ModuleType:

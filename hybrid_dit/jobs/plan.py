@@ -10,6 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybrid_dit import cost, distiller, generation, hlo, sharding, targets
+from hybrid_dit import cost, distiller, generation, hlo, sample_loading, sampling, sharding, targets
 from hybrid_dit.atomic import write_json
-from hybrid_dit.convert.abstract import abstract_dit
+from hybrid_dit.convert.abstract import abstract_dit, abstract_vae
 from hybrid_dit.convert.pipeline import load_pipeline_config
 from hybrid_dit.errors import UserError
-from hybrid_dit.models.vae import VAEConfig
+from hybrid_dit.models.vae import VAEConfig, WanVAE, decode
 from hybrid_dit.models.wan import PRESETS, SelfAttention, WanConfig
 from hybrid_dit.ops import feature_maps
 from hybrid_dit.ops.nested import nested_chain
@@ -150,6 +151,57 @@ def finetune_step(config, wan: WanConfig, shape: tuple[int, ...], target: Target
     return trainer.lower(trainer.abstract(abstract_dit(wan, attention)), batch)
 
 
+def sample_step(config, wan: WanConfig, shape: tuple[int, ...], target: Target) -> jax.stages.Lowered:
+    """One denoising step of configs/sample.py: of the teacher, or of a hybrid as for `finetune_step`."""
+    cfg, dtype = config.sample, jnp.dtype(config.model.compute_dtype)
+    mesh = sample_loading.sampling_mesh(cfg, target.devices)
+    whole, by_video = sharding.replicated(mesh), sample_loading.by_video(mesh, cfg.batch)
+    attention = sampled_attention(config, wan)
+    velocity = generation.make_velocity(wan, attention, dtype, config.model.attention_backend, mesh)
+    sampler = sampling.make_sampler(cfg.sampler, cfg.sample_steps, 3.0)
+    params = sample_loading.abstract_params(abstract_dit(wan, attention), mesh, dtype)
+    prompts, negative = (
+        (_float((n, TEXT_TOKENS + 1, wan.text_dim), whole), _float((n, TEXT_TOKENS + 1), whole)) for n in (cfg.batch, 1)
+    )
+    context = prompts
+    if cfg.guidance != 1:
+        velocity = sampling.guided(velocity, cfg.guidance, cfg.interval, cfg.sequential)
+        context = prompts, negative
+    carry = jax.eval_shape(partial(sampling.start, sampler), _float((cfg.batch, *shape), by_video))
+    carry = jax.tree.map(lambda x: _float(x.shape, by_video), carry)
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), cfg.batch))
+    i = jax.ShapeDtypeStruct((), jnp.int32)
+    return sampling.one_step(velocity, sampler).lower(carry, i, params, context, key, None)
+
+
+def decode_step(config, wan: WanConfig, shape: tuple[int, ...], target: Target) -> jax.stages.Lowered:
+    """Decoding of a batch of configs/sample.py, with the DiT kept beside it."""
+    cfg = config.sample
+    mesh = sample_loading.sampling_mesh(cfg, target.devices)
+    whole, vae = sharding.replicated(mesh), vae_config(config)
+    dit = abstract_dit(wan, sampled_attention(config, wan))
+    dit = sample_loading.abstract_params(dit, mesh, jnp.dtype(config.model.compute_dtype))
+    vae_params = jax.tree.map(lambda x: _float(x.shape, whole), abstract_vae(vae))
+    latents = _float((cfg.batch, *shape), sample_loading.by_video(mesh, cfg.batch))
+    decode = generation.decoder(vae, cfg.batch, cfg.windows, mesh, jnp.dtype(cfg.vae_dtype))
+    step = jax.jit(lambda dit, *rest: decode(*rest), out_shardings=whole, keep_unused=True)
+    return step.lower(dit, vae_params, latents)
+
+
+def sampled_attention(config, wan: WanConfig) -> tuple[AttentionSpec, ...]:
+    """Returns the attention of what configs/sample.py samples."""
+    return () if config.sample.variant == "teacher" else planned_attention(config, wan)
+
+
+def vae_config(config) -> VAEConfig:
+    """Returns the VAE's sizes: of the weights' folder, or the published ones."""
+    return load_pipeline_config(config.model.weights)[1] if config.model.weights else VAEConfig()
+
+
+def _float(shape: tuple[int, ...], place: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+
+
 def planned_attention(config, wan: WanConfig) -> tuple[AttentionSpec, ...]:
     """Returns the attention of a model with the name that the budget has; which blocks are converted costs the same."""
     count, label = cost.parse_name(config.select.budget)
@@ -187,6 +239,20 @@ def finetune_flops(config, wan: WanConfig, shape: tuple[int, ...]) -> int:
     return 3 * config.finetune.batch * cost.model_flops(cost_shape(wan, shape), planned_attention(config, wan))
 
 
+def sample_flops(config, wan: WanConfig, shape: tuple[int, ...]) -> int:
+    """FLOPs of one denoising step with guidance."""
+    attention = sampled_attention(config, wan) or (AttentionSpec(),) * wan.num_layers
+    forwards = config.sample.batch * (1 if config.sample.guidance == 1 else 2)
+    return forwards * cost.model_flops(cost_shape(wan, shape), attention)
+
+
+def decode_flops(config, wan: WanConfig, shape: tuple[int, ...]) -> int:
+    """FLOPs of decoding a batch as XLA counts them for whole videos: without the columns that windows share."""
+    vae = vae_config(config)
+    latents = jax.ShapeDtypeStruct((config.sample.batch, *shape), jnp.float32)
+    return int(jax.jit(partial(decode, WanVAE(vae))).lower(abstract_vae(vae), latents).cost_analysis()["flops"])
+
+
 def cost_shape(wan: WanConfig, shape: tuple[int, ...]) -> cost.Shape:
     """The sizes that decide FLOPs."""
     tokens = math.prod(wan.grid(shape))
@@ -196,6 +262,8 @@ def cost_shape(wan: WanConfig, shape: tuple[int, ...]) -> cost.Shape:
 STEPS: dict[str, tuple[Callable[..., jax.stages.Lowered], Callable[..., int]]] = {
     "distill": (distill_step, distill_flops),
     "finetune": (finetune_step, finetune_flops),
+    "sample": (sample_step, sample_flops),
+    "decode": (decode_step, decode_flops),
 }
 
 
@@ -225,9 +293,14 @@ def advice(config, report: dict) -> str:
     """Returns what to change so that it fits."""
     needed, memory = report["needed_bytes"], report["memory_bytes"]
     devices = math.ceil(report["devices"] * needed / memory)
-    batch = config[config.job].batch
+    section = "sample" if config.job == "decode" else config.job
+    batch = config[section].batch
     divided = report["devices"] if config.job == "finetune" else 1  # a batch below that does not get divided
-    smaller = [f"a smaller batch (--config.{config.job}.batch, now {batch})"] if batch > divided else []
+    smaller = [f"a smaller batch (--config.{section}.batch, now {batch})"] if batch > divided else []
+    if config.job == "sample" and not config.sample.sequential:
+        smaller.append("one branch of guidance at a time (--config.sample.sequential=True)")
+    if config.job == "decode":
+        smaller.append(f"more windows (--config.sample.windows, now {config.sample.windows})")
     if config.job == "distill" and config.distill.activations == "stacked":
         smaller.append("no kept activations (--config.distill.activations=inside)")
     if config.job == "distill" and len(config.distill.rates) > 1:

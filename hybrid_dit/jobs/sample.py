@@ -1,14 +1,19 @@
 """Samples videos of prompts with the teacher or the finished hybrid."""
 
-import re
+import itertools
+import os
+import shutil
 import zlib
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
-from hybrid_dit import generation, pictures
-from hybrid_dit.convert.pipeline import load_pipeline, load_pipeline_config, load_transformer
+from hybrid_dit import generation, pictures, processes, sample_loading, sharding
+from hybrid_dit.convert import sources
+from hybrid_dit.convert.pipeline import find, load_pipeline_config
 from hybrid_dit.data.prompts import read_prompts
 from hybrid_dit.errors import UserError
 from hybrid_dit.progress import Progress
@@ -16,7 +21,8 @@ from hybrid_dit.video_io import write_mp4
 from hybrid_dit.workdir import Stage, is_done, require
 
 VARIANTS = ("teacher", "finetuned")
-_WHICH = ("prompt", "prompts", "names", "first", "samples")  # settings that decide which videos, not how they look
+# Settings that decide which videos are made, or how fast, not how they look.
+_FREE = ("prompt", "prompts", "names", "first", "samples", "batch", "sequential", "windows")
 
 
 def run(config, workdir: Path) -> None:
@@ -37,51 +43,82 @@ def run(config, workdir: Path) -> None:
     stage, settings = f"sample_{cfg.variant}", _settings(config)
     is_done(workdir, stage, settings)  # other settings are told before weights are read
     videos, sheets = workdir / stage / "videos", workdir / stage / "sheets"
-    _remove_interrupted(videos)
-    todo = [
-        (name, prompt, i)
-        for name, prompt in prompts.items()
-        for i in range(cfg.samples)
-        if not (videos / f"{generation.file_stem(name, i)}.mp4").is_file()
-    ]
-    total = len(prompts) * cfg.samples
+    # VBench takes everything in the folder of videos for one, hidden files too: only finished ones are moved there.
+    unfinished = workdir / stage / "unfinished"
+    wanted_videos = [(name, prompt, i) for name, prompt in prompts.items() for i in range(cfg.samples)]
+    missing = processes.on_main(_missing, videos, wanted_videos)
+    todo = list(itertools.compress(wanted_videos, missing))
+    total = len(wanted_videos)
     print(f"sample: {total} videos with the {cfg.variant}, {total - len(todo)} of them in {videos} already")
     if not todo:
         return
 
-    pipeline = load_pipeline(model.weights)
-    attention, params = pipeline.attention, pipeline.dit
-    if tuned is not None:
-        _, attention, params = load_transformer(tuned / "transformer")
-    numerics = model.compute_dtype, model.attention_backend
-    generator = generation.Generator(pipeline, cfg.sampler, cfg.sample_steps, cfg.guidance, *numerics)
+    mesh = sample_loading.sampling_mesh(cfg)
+    generator = make_generator(config, mesh)
     Stage(workdir, stage, settings)
+    texts = [*dict.fromkeys(prompt for _, prompt, _ in todo), model.negative_prompt]
+    text = sample_loading.encode_texts(model.weights, workdir / stage / "text", texts, mesh)
+    source = find(model.weights).parts["transformer"] if tuned is None else tuned / "transformer"
+    part = sources.open_part(source, "transformer")
+    params = sample_loading.load_dit(part, mesh, model.compute_dtype)
 
-    texts = list(dict.fromkeys(prompt for _, prompt, _ in todo))
-    context = generation.text_context(pipeline, [*texts, model.negative_prompt])
-    negative = jax.tree.map(lambda a: a[-1:], context)
-    params, key = jax.device_put(params), generation.noise_key(config.seed)
+    whole = sharding.replicated(mesh)
+    key = generation.noise_key(config.seed)
+    start_from = jax.jit(
+        partial(generation.named_noise, key, shape), out_shardings=(sample_loading.by_video(mesh, cfg.batch), whole)
+    )
+    negative = place_text(text, [model.negative_prompt], whole)
     progress = Progress("sample", len(todo) * cfg.sample_steps)
     for start in range(0, len(todo), cfg.batch):
-        part = todo[start : start + cfg.batch]
-        count = len(part)
-        padded = [part[min(j, count - 1)] for j in range(cfg.batch)]  # one shape, hence one compiled program
-        noise = np.concatenate([_noise(key, shape, name, i) for name, _, i in padded])
-        rows = np.array([texts.index(prompt) for _, prompt, _ in padded])
+        videos_now = todo[start : start + cfg.batch]
+        count = len(videos_now)
+        padded = [videos_now[min(j, count - 1)] for j in range(cfg.batch)]  # one shape, hence one compiled program
+        names, numbers = zip(*((zlib.crc32(name.encode()), i) for name, _, i in padded))
+        noise, keys = start_from(np.uint32(names), np.uint32(numbers))
         latents, _ = generator.denoise(
-            attention,
+            part.attention,
             params,
             noise,
-            jax.tree.map(lambda a, rows=rows: a[rows], context),
+            place_text(text, [prompt for _, prompt, _ in padded], whole),
             negative,
-            key=jax.random.fold_in(key, start),
+            key=keys,
             on_step=lambda n, start=start, count=count: progress.update(start * cfg.sample_steps + n * count),
         )
-        for (name, prompt, i), video in zip(part, generator.decode(latents)[0]):
+        for (name, prompt, i), video in zip(videos_now, generator.decode(latents)[0]):
             stem = generation.file_stem(name, i)
-            pictures.contact_sheet(sheets / f"{stem}.png", {f"sample {i}": video}, title=prompt, fps=cfg.fps)
-            write_mp4(videos / f"{stem}.mp4", video, cfg.fps)  # last: this file says that the video is finished
+            if processes.is_main():  # every process has all videos
+                pictures.contact_sheet(sheets / f"{stem}.png", {f"sample {i}": video}, title=prompt, fps=cfg.fps)
+                write_mp4(unfinished / f"{stem}.mp4", video, cfg.fps)
+                videos.mkdir(exist_ok=True)
+                os.replace(unfinished / f"{stem}.mp4", videos / f"{stem}.mp4")  # last: the video is finished
+    if processes.is_main():
+        shutil.rmtree(unfinished, ignore_errors=True)  # with what killed runs left
     print(f"sample: videos in {videos}, strips of frames in {sheets}")
+
+
+def make_generator(config, mesh) -> generation.Generator:
+    """Returns what samples and decodes as a config's sections `model` and `sample` say, with the VAE's parameters."""
+    cfg, model = config.sample, config.model
+    return generation.Generator(
+        sample_loading.load_vae(model.weights),
+        cfg.sampler,
+        cfg.sample_steps,
+        cfg.guidance,
+        model.compute_dtype,
+        model.attention_backend,
+        interval=cfg.interval,
+        sequential=cfg.sequential,
+        reuse=cfg.reuse,
+        mesh=mesh,
+        windows=cfg.windows,
+        vae_dtype=cfg.vae_dtype,
+    )
+
+
+def place_text(text, prompts: list[str], whole: NamedSharding):
+    """Returns the context of prompts, whole on every device."""
+    context = jax.tree.map(np.asarray, text.context(prompts))
+    return sharding.put(context, jax.tree.map(lambda _: whole, context))
 
 
 def wanted(cfg) -> dict[str, str]:
@@ -108,21 +145,15 @@ def wanted(cfg) -> dict[str, str]:
     return dict(list(pairs.items())[: cfg.first or None])
 
 
-def _noise(key, shape: tuple[int, ...], name: str, i: int):
-    return generation.noise_for(jax.random.fold_in(key, i), shape, [zlib.crc32(name.encode())])
-
-
 def _settings(config):
-    """Returns the config without what only says which videos are wanted: asking for more is not another setting."""
+    """Returns the config without `_FREE`: asking for more videos is not another setting."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        for name in _WHICH:
+        for name in _FREE:
             del config.sample[name]
     return config
 
 
-def _remove_interrupted(videos: Path) -> None:
-    """Deletes unfinished files of a killed run: VBench takes everything in the folder for a video."""
-    for file in videos.glob(".*.mp4"):
-        if re.fullmatch(r"\.[0-9a-f]{32}\.mp4", file.name):
-            file.unlink()
+def _missing(videos: Path, wanted_videos: list[tuple[str, str, int]]) -> list[bool]:
+    """Whether each video's file is not there."""
+    return [not (videos / f"{generation.file_stem(name, i)}.mp4").is_file() for name, _, i in wanted_videos]

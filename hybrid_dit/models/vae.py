@@ -7,7 +7,7 @@ and memory that doesn't grow with the video's length (the layers' docstring says
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from hybrid_dit.array_typing import Array, Float
+from hybrid_dit.array_typing import Array, Float, Shaped
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.vae_layers import CausalConv, Downsample, MidBlock, ResidualBlock, RMSNorm, Upsample
 
@@ -187,19 +187,31 @@ class Decoder(nn.Module):
     config: VAEConfig
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        """Names the layers as diffusers does."""
+        cfg = self.config
+        mults, temporal = cfg.dim_mult[::-1], (*cfg.temporal_downsample[::-1], None)
+        self.conv_in = CausalConv(cfg.base_dim * mults[0], dtype=self.dtype)
+        self.mid_block = MidBlock(self.dtype)
+        self.up_blocks = [
+            UpBlock(cfg.base_dim * mult, cfg.num_res_blocks + 1, t, self.dtype) for mult, t in zip(mults, temporal)
+        ]
+        self.norm_out = RMSNorm(self.dtype)
+        self.conv_out = CausalConv(3, dtype=self.dtype)
+
     def __call__(self, x: Float[Array, "b t y x z"]) -> Float[Array, "b u v w 3"]:
         """Returns the frames of a video's latent frames, not clipped."""
-        cfg = self.config
-        mults = cfg.dim_mult[::-1]
-        temporal = (*cfg.temporal_downsample[::-1], None)
-        x = CausalConv(cfg.base_dim * mults[0], dtype=self.dtype, name="conv_in")(x)
-        x = MidBlock(self.dtype, name="mid_block")(x)
-        for i, mult in enumerate(mults):
-            block = UpBlock(cfg.base_dim * mult, cfg.num_res_blocks + 1, temporal[i], self.dtype, name=f"up_blocks_{i}")
+        return self.rest(self.middle(x))
+
+    def middle(self, x: Float[Array, "b t y x z"]) -> Float[Array, "b t y x c"]:
+        """The part at the latents' resolution, in which every position of a frame sees every other."""
+        return self.mid_block(self.conv_in(x))
+
+    def rest(self, x: Float[Array, "b t y x c"]) -> Float[Array, "b u v w 3"]:
+        """The part that is local, see `vae_windows.halo`."""
+        for block in self.up_blocks:
             x = block(x)
-        x = nn.silu(RMSNorm(self.dtype, name="norm_out")(x))
-        return CausalConv(3, dtype=self.dtype, name="conv_out")(x)
+        return self.conv_out(nn.silu(self.norm_out(x)))
 
 
 class WanVAE(nn.Module):
@@ -243,6 +255,14 @@ class WanVAE(nn.Module):
         """
         video = self.decoder(self.post_quant_conv(latents))
         return jnp.clip(video, -1.0, 1.0) if clip else video
+
+    def decode_middle(self, latents: Float[Array, "b t y x z"]) -> Float[Array, "b t y x c"]:
+        """The first half of `decode`, on whole frames; for `vae_windows`."""
+        return self.decoder.middle(self.post_quant_conv(latents))
+
+    def decode_rest(self, middle: Float[Array, "b t y x c"]) -> Float[Array, "b u v w 3"]:
+        """The second half of `decode`, on frames or windows of them."""
+        return jnp.clip(self.decoder.rest(middle), -1.0, 1.0)
 
 
 def init(config: VAEConfig, key: Array) -> dict[str, Any]:
@@ -299,14 +319,14 @@ def decode_chunk(vae: WanVAE, params: Mapping, latents: Float[Array, "b t y x z"
 def encode_chunked(vae: WanVAE, params: Mapping, video: Float[Array, "b t y x 3"], chunk: int = 1):
     """`encode` in pieces of `chunk` latent frames, with memory for one piece (beside input and output)."""
     check_video(vae.config, video.shape)
-    return _scan(vae, "encode", params, video, chunk * vae.config.temporal_stride)
+    return scan_chunks(vae, "encode", params, video, chunk * vae.config.temporal_stride)
 
 
 def decode_chunked(
     vae: WanVAE, params: Mapping, latents: Float[Array, "b t y x z"], chunk: int = 1
 ) -> Float[Array, "b u v w 3"]:
     """`decode` in pieces of `chunk` latent frames, with memory for one piece (beside input and output)."""
-    return _scan(vae, "decode", params, latents, chunk)
+    return scan_chunks(vae, "decode", params, latents, chunk)
 
 
 def _chunk(vae: WanVAE, method: str, params: Mapping, cache: Mapping | None, x: Array):
@@ -315,22 +335,34 @@ def _chunk(vae: WanVAE, method: str, params: Mapping, cache: Mapping | None, x: 
     return out, state["cache"]
 
 
-def _scan(vae: WanVAE, method: str, params: Mapping, x: Array, chunk: int):
-    """Runs frame 0 and what the pieces leave over, then a scan over pieces of `chunk` frames."""
+def scan_chunks(
+    vae: WanVAE, method: str, params: Mapping, x: Array, chunk: int, finish: Callable[[Array], Array] = lambda out: out
+):
+    """Runs a method of `WanVAE` on frame 0 and what the pieces leave over, then in a scan over pieces of frames.
+
+    Args:
+        vae: the model.
+        method: its name.
+        params: the model's.
+        x: [b, t, y, x, c].
+        chunk: frames of a piece.
+        finish: applied to every piece of the result.
+    """
     start = 1 + (x.shape[1] - 1) % chunk
     first, cache = _chunk(vae, method, params, None, x[:, :start])
+    first = finish(first)
     if start == x.shape[1]:
         return first
 
     def step(cache, position):
         piece = lax.dynamic_slice_in_dim(x, position, chunk, axis=1)  # rather than scan over x, which would copy it
         out, cache = _chunk(vae, method, params, cache, piece)
-        return cache, out
+        return cache, finish(out)
 
     _, outs = lax.scan(step, cache, jnp.arange(start, x.shape[1], chunk))
     return jax.tree.map(_join, first, outs)
 
 
-def _join(first: Float[Array, "b s y x c"], outs: Float[Array, "n b t y x c"]) -> Float[Array, "b u y x c"]:
+def _join(first: Shaped[Array, "b s y x c"], outs: Shaped[Array, "n b t y x c"]) -> Shaped[Array, "b u y x c"]:
     b, _, *frame = first.shape
     return jnp.concatenate([first, jnp.moveaxis(outs, 0, 1).reshape(b, -1, *frame)], axis=1)

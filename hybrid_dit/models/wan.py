@@ -321,6 +321,14 @@ def captured_attention(variables) -> tuple[Array, Array, Array, Array]:
     return variables["intermediates"]["blocks"]["self_attn"]["attention"]
 
 
+def modulation(config: WanConfig, params, timestep: Float[Array, "b"]) -> Float[Array, "b p"]:
+    """Returns what all blocks' modulation is shifted by at these timesteps: `WanEmbedding`'s time6, flat."""
+    x = timestep_embedding(timestep, config.freq_dim)
+    for i, name in enumerate(("time_embedding_0", "time_embedding_2", "time_projection")):
+        x = (nn.silu(x) if i else x) @ params[name]["kernel"] + params[name]["bias"]
+    return x
+
+
 def layer_norm(x: Array, eps: float) -> Array:
     """Layer norm over the last axis without parameters, float32 in and out."""
     x = x.astype(jnp.float32)

@@ -6,8 +6,10 @@ Example:
     latents = run(params, noise, (context, negative_context), on_step=lambda done, x: print(done))
 """
 
-from hybrid_dit.sampling.loop import guided, sample, stepwise
+from hybrid_dit.sampling.guidance import ALWAYS, guided, guided_steps
+from hybrid_dit.sampling.loop import one_step, sample, start, stepwise
 from hybrid_dit.sampling.schedule import Schedule, euler_schedule, shift_sigma, unipc_schedule, wan_schedule
+from hybrid_dit.sampling.step_cache import reused_steps
 from hybrid_dit.sampling.steppers import (
     SAMPLERS,
     Sampler,
@@ -19,6 +21,7 @@ from hybrid_dit.sampling.steppers import (
 )
 
 __all__ = [
+    "ALWAYS",
     "SAMPLERS",
     "Sampler",
     "Schedule",
@@ -27,9 +30,13 @@ __all__ = [
     "euler_ancestral",
     "euler_schedule",
     "guided",
+    "guided_steps",
     "make_sampler",
+    "one_step",
+    "reused_steps",
     "sample",
     "shift_sigma",
+    "start",
     "stepwise",
     "unipc",
     "unipc_schedule",

@@ -1,4 +1,4 @@
-"""The sampling loop, compiled whole or one step at a time, and classifier-free guidance.
+"""The sampling loop, compiled whole or one step at a time.
 
 A velocity function is `velocity(params, x, t, context) -> v`: x float32 [b ...], t float32 [b] in 0..1000, `params` and
 `context` any pytrees. They are arguments, not closed over, so that jit does not bake gigabytes of weights into the
@@ -10,27 +10,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from hybrid_dit.array_typing import Array, Float, PyTree
+from hybrid_dit.array_typing import Array, Bool, Float, PyTree
+from hybrid_dit.sampling.guidance import Velocity
 from hybrid_dit.sampling.steppers import Sampler
-
-Velocity = Callable[[PyTree, Array, Array, PyTree], Array]
-
-
-def guided(velocity: Velocity, scale: float) -> Velocity:
-    """v_uncond + scale (v_cond - v_uncond), in one call of twice the batch (arXiv:2207.12598).
-
-    Returns:
-        a velocity function whose context is a pair (conditional, unconditional) of contexts for `velocity`, with the
-        batch in axis 0 of every leaf; that of the unconditional one may be 1.
-    """
-
-    def combined(params, x, t, context):
-        both = jax.tree.map(lambda c, u: jnp.concatenate([c, jnp.broadcast_to(u, c.shape)]), *context)
-        v = velocity(params, jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
-        cond, uncond = jnp.split(v.astype(jnp.float32), 2)
-        return uncond + scale * (cond - uncond)
-
-    return combined
 
 
 def sample(
@@ -40,6 +22,7 @@ def sample(
     noise: Float[Array, "b ..."],
     context: PyTree = None,
     key: Array | None = None,
+    reuse: Bool[Array, "steps"] | None = None,
 ) -> Float[Array, "b ..."]:
     """Runs all steps in one `lax.scan`; for use under jit: `jax.jit(functools.partial(sample, velocity, sampler))`.
 
@@ -49,42 +32,57 @@ def sample(
         params: passed on to `velocity`.
         noise: standard normal; the state of the loop is float32 whatever the dtype that `velocity` computes in.
         context: passed on to `velocity`.
-        key: for samplers that draw noise.
+        key: for samplers that draw noise, see `Sampler`.
+        reuse: steps that take the last velocity again in place of calling `velocity`, see `step_cache`.
 
     Returns:
         the sample, float32.
     """
-    x = noise.astype(jnp.float32)
 
     def body(carry, i):
-        return _step(velocity, sampler, carry, i, params, context, key), None
+        return _step(velocity, sampler, carry, i, params, context, key, reuse), None
 
-    (_, x), _ = jax.lax.scan(body, (sampler.init(x), x), jnp.arange(sampler.schedule.num_steps))
+    steps = jnp.arange(sampler.schedule.num_steps)
+    (_, x, _), _ = jax.lax.scan(body, start(sampler, noise, reuse), steps)
     return x
 
 
 def stepwise(velocity: Velocity, sampler: Sampler) -> Callable[..., Array]:
-    """Returns `run(params, noise, context=None, key=None, on_step=None)`: `sample` as a Python loop over a jitted step.
+    """Returns `run(params, noise, context=None, key=None, on_step=None, reuse=None)`: `sample` as a Python loop.
 
-    Keep the returned function: calling it again with equal shapes compiles nothing. `on_step(done, x)` is called after
-    each step with the number of finished steps, once the step really is finished.
+    Its step is jitted. Keep the returned function: calling it again with equal shapes compiles nothing.
+    `on_step(done, x)` is called after each step with the number of finished steps, once the step really is finished.
     """
-    step = jax.jit(lambda *args: _step(velocity, sampler, *args))
+    step = one_step(velocity, sampler)
 
-    def run(params, noise, context=None, key=None, on_step=None):
-        x = noise.astype(jnp.float32)
-        state = sampler.init(x)
+    def run(params, noise, context=None, key=None, on_step=None, reuse=None):
+        carry = start(sampler, noise, reuse)
         for i in range(sampler.schedule.num_steps):
-            state, x = step((state, x), i, params, context, key)
+            carry = step(carry, i, params, context, key, reuse)
             if on_step is not None:
-                on_step(i + 1, jax.block_until_ready(x))
-        return x
+                on_step(i + 1, jax.block_until_ready(carry[1]))
+        return carry[1]
 
     return run
 
 
-def _step(velocity, sampler, carry, i, params, context, key):
-    state, x = carry
+def start(sampler: Sampler, noise: Array, reuse: Array | None = None) -> PyTree:
+    """Returns the loop's carry: (the sampler's memory, x, the last velocity if steps may reuse it)."""
+    x = noise.astype(jnp.float32)
+    return sampler.init(x), x, () if reuse is None else jnp.zeros_like(x)
+
+
+def one_step(velocity: Velocity, sampler: Sampler):
+    """Returns the jitted step (carry, i, params, context, key, reuse) -> carry."""
+    return jax.jit(lambda *args: _step(velocity, sampler, *args))
+
+
+def _step(velocity, sampler, carry, i, params, context, key, reuse):
+    state, x, last = carry
     t = jnp.broadcast_to(jnp.asarray(sampler.schedule.timesteps)[i], x.shape[:1])
-    v = velocity(params, x, t, context).astype(jnp.float32)
-    return sampler.step(state, x, v, i, key)
+
+    def compute():
+        return velocity(params, x, t, context).astype(jnp.float32)
+
+    v = compute() if reuse is None else jax.lax.cond(jnp.asarray(reuse)[i], lambda: last, compute)
+    return *sampler.step(state, x, v, i, key), () if reuse is None else v

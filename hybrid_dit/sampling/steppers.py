@@ -26,7 +26,8 @@ class Sampler:
         schedule: noise levels and timesteps.
         init: x -> state, the memory of multistep methods (a pytree of arrays, empty for one-step methods).
         step: (state, x, velocity, i, key) -> (state, x at level i + 1); x and velocity float32 [b ...], i a traced or
-            Python integer, key one random key for the whole run (deterministic samplers ignore it).
+            Python integer. key: of the whole run, one for the batch or one per sample, [b], whose noise then doesn't
+            depend on what else is in the batch (deterministic samplers ignore it).
     """
 
     schedule: Schedule
@@ -51,7 +52,7 @@ def euler_ancestral(schedule: Schedule) -> Sampler:
         x_d = x + (d - s) v                                    is (1 - d) x_0 + d eps
         x'  = (1 - s') / (1 - d) x_d + r eps',   r^2 = s'^2 - (d (1 - s') / (1 - d))^2
     The factor brings x_0's weight to 1 - s', and r completes the variance of the noise to s'^2. Noise of step i is
-    drawn with `fold_in(key, i)`.
+    drawn with `fold_in(key, i)`, of the batch or of every sample.
     """
     s, s_next = schedule.sigmas[:-1], schedule.sigmas[1:]
     down = s_next**2 / s
@@ -62,10 +63,14 @@ def euler_ancestral(schedule: Schedule) -> Sampler:
     def step(state, x, velocity, i, key):
         if key is None:
             raise ValueError("euler_ancestral draws noise at every step: pass a random key")
-        noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+        noise = _step_noise(key, i, x) if key.ndim == 0 else jax.vmap(_step_noise, (0, None, 0))(key, i, x)
         return state, table[i, 0] * x + table[i, 1] * velocity + table[i, 2] * noise
 
     return Sampler(schedule, lambda x: (), step)
+
+
+def _step_noise(key: Array, i, x: Array) -> Array:
+    return jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
 
 
 def dpm_plus_plus(schedule: Schedule) -> Sampler:

@@ -98,6 +98,29 @@ def test_flops_of_the_steps(root):
     assert plan.finetune_flops(config, wan, shape) == 3 * 4 * hybrid
 
 
+@pytest.mark.parametrize("job", ["sample", "decode"])
+def test_sampling_fits_beside_the_dit(root, tmp_path, job, capsys, compile_quickly):
+    code, report, config = planned(root, tmp_path, job, target="cpu:2", sample__variant="finetuned", sample__batch=1)
+    out = capsys.readouterr().out
+    assert code == 0 and report["fits"] and "compiled in" in out
+    wan, shape = plan.sizes(config)
+    # The small DiT is whole on every device, float32, with the feature maps of the budget's hybrid.
+    dit = plan.abstract_dit(wan, plan.planned_attention(config, wan))
+    assert "feature_maps" in dit
+    assert report["argument_bytes"] > 4 * sum(leaf.size for leaf in jax.tree.leaves(dit))
+    if job == "sample":  # 2 devices: a branch each
+        hybrid = cost.model_flops(plan.cost_shape(wan, shape), [from_label("R2"), from_label("softmax")])
+        assert report["flops_per_device"] == hybrid
+        assert report["temporary_bytes"] > 0
+
+
+def test_advice_for_sampling(root):
+    report = {"needed_bytes": 32 * plan.GIB, "memory_bytes": 16 * plan.GIB, "devices": 1}
+    assert "--config.sample.sequential=True" in plan.advice(settings(root, "sample"), report)
+    assert "--config.sample.windows, now 0" in plan.advice(settings(root, "decode"), report)
+    assert "--config.sample.batch, now 2" in plan.advice(settings(root, "decode"), report)
+
+
 def test_published_sizes_need_no_weights():
     config = load("configs/plan.py:wan_1_3b")
     wan, shape = plan.sizes(config)
@@ -112,7 +135,7 @@ def test_published_sizes_need_no_weights():
 @pytest.mark.parametrize(
     "job, values, message",
     [
-        ("sample", {}, "job='sample' can't be planned; choose one of distill, finetune, select"),
+        ("export", {}, "job='export' can't be planned; choose one of distill, finetune, sample, decode, select"),
         ("finetune", {"select__budget": "0.5"}, "can't read '0.5'"),
         ("finetune", {"select__budget": "3R2"}, "select.budget=3R2 must name at most 2 blocks"),
         ("select", {}, "costs are estimated by the TPU compiler"),

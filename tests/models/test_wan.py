@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models import embeddings as diffusers_embeddings
+from pipelines import random_like
 
 from hybrid_dit.convert import tables, wan_keys
+from hybrid_dit.convert.abstract import abstract_dit
 from hybrid_dit.errors import UserError
 from hybrid_dit.models import wan
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
@@ -199,3 +201,11 @@ def test_bad_shapes_and_specs_are_named():
         init(config, (AttentionSpec(),) * 3)
     with pytest.raises(UserError, match="share one feature map"):
         init(config, (AttentionSpec("linear"), AttentionSpec("linear", feature_map=FeatureMapSpec("elu"))))
+
+
+def test_modulation_is_what_the_blocks_get():
+    config = wan.WanConfig(dim=8, num_heads=2, ffn_dim=8, num_layers=1, in_channels=2, text_dim=4, freq_dim=6)
+    params = random_like(abstract_dit(config), np.random.default_rng(0))
+    t, x, text = np.float32([900, 31.5]), np.zeros((2, 1, 2, 2, 2), np.float32), np.zeros((2, 1, 4), np.float32)
+    _, _, (time6, *_) = wan.WanEmbedding(config, jnp.float32).apply({"params": params}, x, t, text)
+    np.testing.assert_allclose(wan.modulation(config, params, t), time6.reshape(2, -1), rtol=0, atol=1e-6)

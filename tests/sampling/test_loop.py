@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_dit.sampling import SAMPLERS, guided, make_sampler, sample, stepwise
+from hybrid_dit.sampling import SAMPLERS, make_sampler, sample, stepwise
 
 PARAMS = {"a": jnp.float32(1.5)}
 
@@ -67,17 +67,31 @@ def test_model_sees_float32_timesteps_of_the_schedule_and_loop_stays_float32():
     np.testing.assert_array_equal(np.stack(seen), np.stack([sampler.schedule.timesteps] * 2, 1))
 
 
-@pytest.mark.parametrize("negatives", [1, 2])
-def test_guidance_extrapolates_in_one_call_of_twice_the_batch(negatives):
-    batches = []
+def test_reused_steps_take_the_last_velocity():
+    """x += width * velocity by hand, with the velocity of the last step that was computed."""
+    calls = []
 
     def counting(params, x, t, context):
-        batches.append((x.shape[0], t.shape[0], context.shape[0]))
+        jax.debug.callback(lambda t: calls.append(float(t[0])), t)
         return velocity(params, x, t, context)
 
-    x, context, negative = inputs()
-    negative, t = negative[:negatives], jnp.array([900.0, 100.0])
-    actual = guided(counting, 6.0)(PARAMS, x, t, (context, negative))
-    cond, uncond = velocity(PARAMS, x, t, context), velocity(PARAMS, x, t, negative)
-    assert batches == [(4, 4, 4)]
-    np.testing.assert_allclose(actual, uncond + 6 * (cond - uncond), rtol=0, atol=2e-6)  # 12 x epsilon, rounded up
+    noise, context, _ = inputs()
+    sampler = make_sampler("euler", 6, 3.0)
+    sigmas, times = sampler.schedule.sigmas, sampler.schedule.timesteps
+    reuse = np.array([False, True, False, True, True, False])
+    expected = noise
+    for i in range(6):
+        v = v if reuse[i] else velocity(PARAMS, expected, jnp.full(2, times[i]), context)  # noqa: F821
+        expected = expected + np.float32(sigmas[i + 1] - sigmas[i]) * v
+    scanned = jax.jit(functools.partial(sample, counting, sampler))(PARAMS, noise, context, None, reuse)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(calls, times[~reuse])  # nothing is computed at the others
+    np.testing.assert_allclose(scanned, expected, rtol=0, atol=3e-6)  # see above
+
+
+@pytest.mark.parametrize("name", ["unipc", "euler_ancestral"])
+def test_reusing_no_step_changes_no_bit(name):
+    noise, context, _ = inputs()
+    run = stepwise(velocity, make_sampler(name, 4, 3.0))
+    never = run(PARAMS, noise, context, jax.random.key(1), reuse=np.zeros(4, bool))
+    np.testing.assert_array_equal(never, run(PARAMS, noise, context, jax.random.key(1)))

@@ -148,6 +148,19 @@ def test_ancestral_noise_depends_on_the_key_alone():
     assert np.abs(first - other).min() > 1e-4
 
 
+def test_ancestral_noise_of_a_sample_depends_on_its_own_key_alone():
+    """With a key for every sample, a sample is the same to the last bit wherever it is in whatever batch."""
+    sampler = make_sampler("euler_ancestral", 4, 3.0)
+    x, velocity = jax.random.normal(jax.random.key(0), (2, 3, 8))
+    keys = jax.random.split(jax.random.key(1), 3)
+    order = np.array([2, 0])
+    _, whole = sampler.step((), x, velocity, 1, keys)
+    _, part = sampler.step((), x[order], velocity[order], 1, keys[order])
+    np.testing.assert_array_equal(part, whole[order])
+    _, one = sampler.step((), x[1], velocity[1], 1, keys[1])  # of the same key, as a batch of its own
+    np.testing.assert_allclose(one, whole[1], rtol=0, atol=1e-6)  # batched or not, XLA may fuse differently
+
+
 @pytest.mark.parametrize("name", ["unipc", "dpm++"])
 def test_multistep_samplers_are_more_accurate_than_euler(name):
     """Against the closed-form solution of the flow: x_1 = eps maps to MEAN + STD eps, which Euler misses by 1/steps."""
