@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybrid_dit import sharding
+from hybrid_dit import processes, sharding
 from hybrid_dit.array_typing import DTypeLike, PyTree
 from hybrid_dit.convert import sources, tables
 from hybrid_dit.convert.mesh import load_sharded
@@ -47,21 +47,26 @@ def by_video(mesh: Mesh, batch: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(sharding.AXIS)) if divides else sharding.replicated(mesh)
 
 
-def encode_texts(weights: str, folder: Path, prompts: Sequence[str], mesh: Mesh) -> TextCache:
+def encode_texts(weights: str, folder: Path, prompts: Sequence[str]) -> TextCache:
     """Returns the prompts' embeddings from a folder; the text encoder is loaded if some are missing, and freed again.
 
     Args:
         weights: of the pipeline.
         folder: of embeddings, see `text_cache`.
         prompts: all that will be asked for.
-        mesh: the encoder's matrices are split over its devices.
     """
     pipeline = load_pipeline(weights, kinds=())
-    if not all(embedding_file(folder, prompt).is_file() for prompt in prompts):
-        part = sources.open_part(find(weights).parts["text_encoder"], "text_encoder")
-        rules = sharding.over_all_axes(mesh, sharding.TEXT_RULES)
-        pipeline = dataclasses.replace(pipeline, text_params=load_sharded(part, mesh, rules))
+    processes.on_main(_encode_missing, pipeline, weights, folder, prompts)
     return TextCache(folder, pipeline, prompts)
+
+
+def _encode_missing(pipeline: Pipeline, weights: str, folder: Path, prompts: Sequence[str]) -> None:
+    """Runs the encoder with its matrices split over this process's devices, if there is something to encode."""
+    if all(embedding_file(folder, prompt).is_file() for prompt in prompts):
+        return
+    part = sources.open_part(find(weights).parts["text_encoder"], "text_encoder")
+    mesh = sharding.data_mesh(processes.devices())
+    TextCache(folder, dataclasses.replace(pipeline, text_params=load_sharded(part, mesh, sharding.TEXT_RULES)), prompts)
 
 
 def load_dit(source: str | Path | sources.Part, mesh: Mesh, dtype: DTypeLike) -> PyTree:

@@ -52,7 +52,6 @@ def test_devices_are_grouped_by_what_goes_through_the_dit_at_once(cfg, groups):
 def test_a_large_dit_is_split_over_all_devices(folder, monkeypatch, whole):
     if not whole:
         monkeypatch.setattr(sample_loading, "WHOLE", 1000)
-    mesh = sample_loading.sampling_mesh(settings(2))
     params = sample_loading.load_dit(folder / "transformer", mesh, "bfloat16")
     expected = tables.flatten(load_pipeline(folder).dit)
     flat = tables.flatten(params)
@@ -80,18 +79,17 @@ def test_kept_dtypes_change_no_bit(folder):
 
 
 def test_texts_are_encoded_on_all_devices_once(folder, tmp_path, monkeypatch):
-    mesh = sample_loading.sampling_mesh(settings(2))
     loaded = []
     load = sample_loading.load_sharded
     monkeypatch.setattr(sample_loading, "load_sharded", lambda *a: loaded.append(load(*a)) or loaded[-1])
-    cache = sample_loading.encode_texts(str(folder), tmp_path, PROMPTS, mesh)
+    cache = sample_loading.encode_texts(str(folder), tmp_path, PROMPTS)
     assert loaded[0]["blocks"]["ffn"]["gate"]["kernel"].addressable_shards[0].data.shape == (1, 1, 16)  # of 8 rows
     pipeline = load_pipeline(folder)
     expected, counts = generation.text_context(pipeline, PROMPTS)
     text, count = cache.context(PROMPTS)
     np.testing.assert_array_equal(count, counts)
     np.testing.assert_allclose(text, expected, atol=1e-5)  # values of order 1, float32 sums in another order
-    again = sample_loading.encode_texts(str(folder), tmp_path, PROMPTS, mesh)
+    again = sample_loading.encode_texts(str(folder), tmp_path, PROMPTS)
     assert len(loaded) == 1
     np.testing.assert_array_equal(again.context(PROMPTS)[0], text)
 

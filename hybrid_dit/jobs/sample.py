@@ -57,7 +57,7 @@ def run(config, workdir: Path) -> None:
     generator = make_generator(config, mesh)
     Stage(workdir, stage, settings)
     texts = [*dict.fromkeys(prompt for _, prompt, _ in todo), model.negative_prompt]
-    text = sample_loading.encode_texts(model.weights, workdir / stage / "text", texts, mesh)
+    text = sample_loading.encode_texts(model.weights, workdir / stage / "text", texts)
     source = find(model.weights).parts["transformer"] if tuned is None else tuned / "transformer"
     part = sources.open_part(source, "transformer")
     params = sample_loading.load_dit(part, mesh, model.compute_dtype)
