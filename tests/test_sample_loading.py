@@ -52,6 +52,7 @@ def test_devices_are_grouped_by_what_goes_through_the_dit_at_once(cfg, groups):
 def test_a_large_dit_is_split_over_all_devices(folder, monkeypatch, whole):
     if not whole:
         monkeypatch.setattr(sample_loading, "WHOLE", 1000)
+    mesh = sample_loading.sampling_mesh(settings(2))
     params = sample_loading.load_dit(folder / "transformer", mesh, "bfloat16")
     expected = tables.flatten(load_pipeline(folder).dit)
     flat = tables.flatten(params)
