@@ -35,9 +35,10 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.prompts.train = "assets/prompts/train.txt" if tiny else ""  # one prompt a line
     c.prompts.held_out = "assets/prompts/held_out.txt" if tiny else ""
 
-    c.mesh = ConfigDict()  # how distillation uses several devices; what it computes doesn't depend on it
-    c.mesh.data = 1  # ways to split the videos of a batch, both branches of guidance counted
-    c.mesh.seq = 1  # ways to split the tokens while blocks train; the remaining devices go to blocks
+    c.mesh = ConfigDict()  # how training uses several devices; what it computes doesn't depend on it
+    c.mesh.data = 1  # distillation: ways to split the videos of a batch, both branches of guidance counted
+    c.mesh.seq = 1  # ways to split tokens; distillation: while blocks train, the remaining devices go to blocks
+    c.mesh.replicas = 0  # fine-tuning: copies of the weights, each split over its devices; 0: one per slice
 
     c.distill = ConfigDict()  # stage 1
     c.distill.rates = ("R2", "R4", "R8", "linear")  # what every block is distilled to
@@ -72,12 +73,27 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.finetune.steps = 40 if tiny else 1000
     c.finetune.batch = 4 if tiny else 16
     c.finetune.learning_rate = 1e-4 if tiny else 1e-5
+    c.finetune.schedule = "constant"  # after the warm-up: constant, or cosine (down to 0)
     c.finetune.warmup = 5 if tiny else 50
+    c.finetune.learning_rates = (".*=1",)  # REGEX=FACTOR per group of parameters; 0 freezes; one rule for each path
     c.finetune.weight_decay = 0.01
-    c.finetune.clip = 1.0  # global gradient norm
+    c.finetune.clip = 1.0  # global gradient norm; 0: none
+    c.finetune.ema = 0.0  # decay of averaged weights, which are exported then; 0: none
+    c.finetune.timesteps = "uniform"  # before the shift: uniform or logit_normal
+    c.finetune.logit_mean = 0.0  # of logit_normal
+    c.finetune.logit_std = 1.0
+    c.finetune.shift = 0.0  # of timesteps; 0: the pipeline's
+    c.finetune.teacher = 0.0  # weight of the squared distance to the teacher's velocity; 0: none
     c.finetune.drop_text = 0.1  # share of samples with the empty prompt
     c.finetune.videos = 48 if tiny else 0  # rendered moving shapes
+    # From here on: may change when a run is continued.
+    c.finetune.accumulate = 1  # parts that a batch is computed in, one after the other
+    c.finetune.remat = "auto"  # what backward recomputes: none, block, dots (all but dense layers); auto: by size
     c.finetune.save_every = 20 if tiny else 100
+    c.finetune.keep = 2  # checkpoints, beside the one with the lowest loss
+    c.finetune.sample_every = 0  # steps between sample videos; 0: none
+    c.finetune.sample_prompts = 2  # the first of the held-out ones; sampled as section sample says
+    c.finetune.profile = 0  # steps to trace for TensorBoard's profiler, after the first three
 
     c.data = ConfigDict()  # what stage 3 trains on, see docs/data.md
     c.data.kind = "shapes" if tiny else "tfds"  # shapes (finetune.videos of them), tfds, parquet, tar, csv

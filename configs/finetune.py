@@ -3,11 +3,12 @@
 Needs:  stages 1 and 2 in the same workdir (configs/distill.py, configs/select.py).
 Run:    python -m hybrid_dit.main --config=configs/finetune.py --workdir=runs/tiny
 Takes:  about 2 minutes on two CPU cores for the bundled model.
-Gives:  in runs/tiny/finetune: transformer/ (the hybrid, read by later stages), loss.csv, loss.png, and checkpoints/,
-        from which the same command continues after an interruption.
+Gives:  in runs/tiny/finetune: transformer/ (the hybrid, read by later stages), metrics.jsonl (a line per step),
+        loss.png, tensorboard/ (for `tensorboard --logdir`), and checkpoints/, from which the same command continues
+        after an interruption, on as many devices as there are then.
 
 Other settings: --config.finetune.steps=100 and so on; see configs/common.py. Real models (`finetune.py:wan_1_3b`) need
-pairs of prompts and videos; this version has rendered ones only (--config.finetune.videos).
+pairs of prompts and videos, see docs/data.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Training state on disk: Orbax checkpoints by step, the last few kept, unfinished ones never chosen.
+"""Training state on disk: Orbax checkpoints by step, the last few and the best kept, unfinished ones never chosen.
 
 With several processes all of them save and restore together, each its own devices' part, to a folder that all see.
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from hybrid_dit import processes
 from hybrid_dit.array_typing import PyTree
@@ -17,15 +18,24 @@ from hybrid_dit.errors import UserError
 class Checkpoints:
     """Checkpoints of one training run in one folder. Close it (or use it with `with`) so that all get written."""
 
-    def __init__(self, folder: str | Path, keep: int = 2):
+    def __init__(self, folder: str | Path, keep: int = 2, keep_best: bool = False):
         """Opens the folder, creates it if need be, and removes what an interrupted save left.
 
         Args:
             folder: a subfolder per step.
             keep: number of checkpoints kept; older ones are deleted once a new one is complete.
+            keep_best: keep the one with the lowest loss too; every save has to tell its loss then.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it touches
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        policies = [preservation_policy.LatestN(keep)]
+        if keep_best:
+            policies.append(preservation_policy.BestN(get_metric_fn=_loss, reverse=True, n=1))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=_loss if keep_best else None,
+            best_mode="min",
+            cleanup_tmp_directories=True,
+        )
         self.folder = Path(folder).resolve()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -40,15 +50,23 @@ class Checkpoints:
         """The step of the last checkpoint, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: PyTree) -> None:
+    @property
+    def best(self) -> int | None:
+        """The step of the checkpoint with the lowest loss, None if there is none."""
+        return self._manager.best_step()
+
+    def save(self, step: int, state: PyTree, extra: dict | None = None, loss: float | None = None) -> None:
         """Saves in the background; `state` may be donated or changed right after. A step saved already is left alone.
 
         Args:
             step: number of finished steps.
             state: a tree of arrays.
+            extra: what belongs to it, of values that JSON can hold.
+            loss: what the best is chosen by.
         """
         if step != self.latest:
-            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra or {}))
+            self._manager.save(step, args=items, force=True, metrics=None if loss is None else {"loss": loss})
 
     def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
         """Returns (step, state) of the last complete checkpoint, bit for bit as saved; None if there is none.
@@ -65,13 +83,19 @@ class Checkpoints:
             return None
         abstract = jax.tree.map(_abstract, like)
         try:
-            return latest, self._manager.restore(latest, args=ocp.args.StandardRestore(abstract))
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            return latest, self._manager.restore(latest, args=items).state
         except (ValueError, KeyError, TypeError, OSError) as error:
             reason = str(error).strip().split("\n")[0][:200]
             raise UserError(
                 f"checkpoint {self.folder / str(latest)} is damaged or of another model ({reason}); "
                 "delete it to continue from the one before, or the whole folder to start anew"
             ) from error
+
+    def extra(self) -> dict:
+        """Returns what was saved with the last complete checkpoint beside its state."""
+        items = ocp.args.Composite(extra=ocp.args.JsonRestore())
+        return self._manager.restore(processes.on_main(lambda: self.latest), args=items).extra
 
     def close(self) -> None:
         """Waits until everything is written."""
@@ -81,3 +105,7 @@ class Checkpoints:
 
 def _abstract(x) -> jax.ShapeDtypeStruct:
     return x if isinstance(x, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _loss(metrics: dict) -> float:
+    return metrics["loss"]

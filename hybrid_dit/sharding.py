@@ -1,13 +1,13 @@
 """Where arrays live on several devices: the batch split over a mesh axis, large parameters too (FSDP).
 
-Most jobs have one axis. Distillation has three: blocks (independent of each other), videos, and tokens.
+Most jobs have one axis. Distillation has three: blocks (independent of each other), videos, and tokens. Fine-tuning has
+three: copies of the weights (one per slice of a pod), videos together with the parts of the weights, and tokens.
 
 Parameters follow `(regex, PartitionSpec)` rules over their paths. Each path must match exactly one rule, so that a new
 parameter can't end up somewhere by accident.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -20,9 +20,10 @@ from hybrid_dit import processes
 from hybrid_dit.array_typing import PyTree
 from hybrid_dit.convert import tables
 from hybrid_dit.errors import UserError
+from hybrid_dit.rules import assign, like
 
 AXIS = "data"
-BLOCK, SEQ = "block", "seq"
+BLOCK, SEQ, REPLICA = "block", "seq", "replica"
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 # Matrices are split along the axis they contract over; a block's are gathered when the block runs. Vectors are small.
@@ -64,6 +65,36 @@ def distill_mesh(data: int = 1, seq: int = 1, devices: Sequence[jax.Device] | No
     return Mesh(np.array(devices).reshape(-1, data, seq), (BLOCK, AXIS, SEQ))
 
 
+def train_mesh(replicas: int = 0, seq: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh (replica, data, seq) for one device to many slices.
+
+    Weights, moments and averages are split over `data` (FSDP) and copied over the others; videos are split over replica
+    and data, tokens over seq. So what crosses slices is one sum of gradients per step.
+
+    Args:
+        replicas: copies of the weights; 0 for one per slice (pods joined by a data-centre network), else 1.
+        seq: ways to split tokens.
+        devices: all of them by default.
+
+    Raises:
+        UserError: the ways don't divide the number of devices.
+    """
+    devices = processes.devices() if devices is None else devices
+    slices = [getattr(device, "slice_index", None) or 0 for device in devices]
+    return Mesh(np.array(devices)[_arranged(slices, replicas, seq)], (REPLICA, AXIS, SEQ))
+
+
+def _arranged(slices: Sequence[int], replicas: int, seq: int) -> np.ndarray:
+    """Returns which device goes where, [replicas, data, seq], by the slices that they belong to."""
+    replicas = replicas or len(set(slices))
+    if replicas < 1 or seq < 1 or len(slices) % (replicas * seq):
+        raise UserError(
+            f"{len(slices)} devices can't hold {replicas} copies of the weights, tokens split {seq} ways; "
+            "choose mesh.replicas and mesh.seq whose product divides the number of devices"
+        )
+    return np.argsort(slices, kind="stable").reshape(replicas, -1, seq)
+
+
 def over_all_axes(mesh: Mesh, rules: Rules) -> Rules:
     """Returns the rules with the axis of one-axis meshes replaced by all axes of `mesh` together."""
     axes = mesh.axis_names
@@ -87,8 +118,46 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
-    """Splits the leading axis over the devices; where that doesn't divide, every device gets the whole batch."""
-    return replicated(mesh) if batch % mesh.size else NamedSharding(mesh, PartitionSpec(AXIS))
+    """Splits the leading axis over the mesh's axes for videos; where that doesn't divide, all get the whole batch."""
+    axes = _batch_axes(mesh)
+    fits = axes and batch % ways(mesh, axes) == 0
+    return NamedSharding(mesh, PartitionSpec(axes if len(axes) > 1 else axes[0])) if fits else replicated(mesh)
+
+
+def process_share(mesh: Mesh) -> tuple[int, int]:
+    """Returns (index, count): of every batch, cut into `count` equal parts, this process needs the part at `index`.
+
+    Processes whose devices share videos (tokens of a video are split over them) need the same part.
+
+    Raises:
+        UserError: the devices of this process are not next to each other in the mesh.
+    """
+    owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    return _share(owners.reshape(ways(mesh, _batch_axes(mesh)), -1), jax.process_index())  # videos come first
+
+
+def _share(owners: np.ndarray, process: int) -> tuple[int, int]:
+    """`process_share`, given the process of every device, [parts of a batch, devices]."""
+    videos, mine = len(owners), np.flatnonzero((owners == process).any(axis=1)).tolist()
+    if videos % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
+        raise UserError(
+            f"this process's devices hold the parts {mine} of {videos} of a batch, which are not next to each other; "
+            "choose mesh.replicas and mesh.seq that divide the number of devices of a process, or that it divides"
+        )
+    return mine[0] // len(mine), videos // len(mine)
+
+
+def put_batch(tree: PyTree, place: NamedSharding, count: int) -> PyTree:
+    """Places this process's part of a batch, one of `count` (see `process_share`), as part of the whole batch."""
+
+    def put_one(x):
+        return jax.make_array_from_process_local_data(place, np.asarray(x), (len(x) * count, *x.shape[1:]))
+
+    return jax.tree.map(put_one, tree)
+
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(name for name in mesh.axis_names if name in (REPLICA, AXIS))
 
 
 def stacked_sharding(tree: PyTree, mesh: Mesh | None = None) -> PyTree:
@@ -116,26 +185,46 @@ def param_shardings(mesh: Mesh, params: Mapping, rules: Rules = DIT_RULES) -> Py
     Raises:
         ValueError: a path matches no rule or several.
     """
-    compiled = [(re.compile(pattern), spec) for pattern, spec in rules]
-    out = {}
-    for path, leaf in tables.flatten(params).items():
-        hits = [spec for pattern, spec in compiled if pattern.fullmatch(path)]
-        if len(hits) != 1:
-            raise ValueError(f"parameter {path} matches {len(hits)} sharding rules; expected exactly one")
-        fits = all(size % ways(mesh, name) == 0 for name, size in zip(hits[0], leaf.shape))
-        out[path] = NamedSharding(mesh, hits[0] if fits else PartitionSpec())
-    return _like(params, out)
+    flat, out = tables.flatten(params), {}
+    for path, spec in assign(rules, flat, "sharding").items():
+        fits = all(size % ways(mesh, name) == 0 for name, size in zip(spec, flat[path].shape))
+        out[path] = NamedSharding(mesh, spec if fits else PartitionSpec())
+    return like(params, out)
 
 
-def split_activations(sharding: NamedSharding) -> AbstractContextManager:
-    """In this context, a model is traced such that outputs of dense layers have their leading (batch) axis split.
+def split_activations(place: NamedSharding, tokens: int, heads: int) -> AbstractContextManager:
+    """In this context, a DiT is traced such that outputs of its dense layers are split by videos, and by tokens (SEQ).
 
     Without it XLA may choose to gather the activations of the whole batch and to split a matrix product instead.
+    Self-attention sees whole sequences: between the projections q, k, v and o, heads are split over SEQ in place of
+    tokens, which costs an exchange of q, k, v and of the output, and suits every kind of attention.
+
+    Args:
+        place: of the batch, from `batch_sharding`.
+        tokens: of a video.
+        heads: of attention.
+
+    Raises:
+        UserError: tokens or heads don't divide over SEQ.
     """
+    mesh, videos = place.mesh, place.spec[0] if place.spec else None
+    seq = dict(mesh.shape).get(SEQ, 1)
+    if tokens % seq or heads % seq:
+        raise UserError(f"mesh.seq={seq} must divide {tokens} tokens and {heads} heads; choose another")
+
+    def split(x, *axes):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(videos, *axes)))
 
     def keep(layer, args, kwargs, context):
-        out = layer(*args, **kwargs)
-        return jax.lax.with_sharding_constraint(out, sharding) if isinstance(context.module, nn.Dense) else out
+        out, module = layer(*args, **kwargs), context.module
+        if not isinstance(module, nn.Dense | nn.RMSNorm):
+            return out
+        of_video = seq > 1 and out.ndim == 3 and out.shape[1] == tokens
+        if of_video and module.path[-2:] in [("self_attn", name) for name in ("norm_q", "norm_k", "v")]:
+            return split(split(out, SEQ), None, SEQ)  # [b, n, h * d], heads first
+        if isinstance(module, nn.Dense):
+            return split(out, SEQ) if of_video else split(out)
+        return out
 
     return nn.intercept_methods(keep)
 
@@ -157,11 +246,3 @@ def to_host(tree: PyTree) -> PyTree:
         return np.array(whole)
 
     return jax.tree.map(gather, tree)
-
-
-def _like(tree: Mapping, flat: Mapping[str, object], prefix: str = "") -> dict:
-    """`flat` in the structure of `tree`; unlike `tables.unflatten` it keeps empty subtrees (fixed feature maps)."""
-    return {
-        name: _like(value, flat, f"{prefix}{name}/") if isinstance(value, Mapping) else flat[f"{prefix}{name}"]
-        for name, value in tree.items()
-    }

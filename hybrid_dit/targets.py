@@ -13,6 +13,23 @@ from hybrid_dit.errors import UserError
 
 # What the compiler lets a program use on one device, GiB (libtpu 0.0.42; `tests/test_targets.py` asks it).
 HBM = {"v4": 15.25, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
+# Dense 16-bit matrix products, FLOP/s, as the makers state them, by the start of a device's `device_kind`.
+PEAK = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7x": 1153.5e12,  # half a chip: it is two devices
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
 _LIBTPU = {  # libtpu where there is no TPU
     "TPU_SKIP_MDS_QUERY": "1",  # or it asks the metadata server of a TPU VM
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process is refused, as if there were a TPU to share
@@ -87,6 +104,12 @@ def _cpu(count: int, name: str) -> tuple[jax.Device, ...]:
     if len(devices) < count:
         raise UserError(f"target={name}: this process has {len(devices)} CPU devices; start one with that target alone")
     return tuple(devices[:count])
+
+
+def peak(device_kind: str) -> float | None:
+    """Returns the peak of one device in FLOP/s (16 bits, dense); None if it is not known, as for CPUs."""
+    names = [name for name in PEAK if device_kind.startswith(name)]
+    return PEAK[max(names, key=len)] if names else None
 
 
 def needed_bytes(message: str) -> tuple[int, int] | None:

@@ -24,6 +24,10 @@ SECTIONS = {
     "sample_finetuned": ("model", "prompts", "distill", "select", "finetune", "sample"),
 }
 
+# Settings that say how a stage runs and what it shows, not what it computes (but for rounding): they may change when it
+# is continued.
+HOW = {"finetune": ("accumulate", "remat", "save_every", "keep", "sample_every", "sample_prompts", "profile")}
+
 
 class Stage:
     """One stage of a run.
@@ -40,13 +44,13 @@ class Stage:
         """
         self.folder = workdir / name
         settings = {"seed": config.seed, **{section: config[section].to_dict() for section in SECTIONS[name]}}
-        settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        settings = _without_how(json.loads(json.dumps(settings)))  # tuples become lists, as in the file
         processes.on_main(self._open, settings)
 
     def _open(self, settings: dict) -> None:
         file = self.folder / "settings.json"
         if file.is_file():
-            there = json.loads(file.read_text())
+            there = _without_how(json.loads(file.read_text()))
             changed = _difference(there, settings)
             if changed:
                 raise UserError(
@@ -84,6 +88,13 @@ def require(workdir: Path, name: str, config) -> Path:
     if not is_done(workdir, name, config):
         raise UserError(f"{workdir / name} is not complete; run --config=configs/{name}.py with this --workdir first")
     return workdir / name
+
+
+def _without_how(settings: dict) -> dict:
+    for section, names in HOW.items():
+        for name in names:
+            settings.get(section, {}).pop(name, None)
+    return settings
 
 
 def _difference(there: dict, here: dict, prefix: str = "") -> list[str]:

@@ -45,6 +45,19 @@ def test_round_trip_is_exact_and_the_last_two_are_kept(tmp_path):
     assert_equal(restored, state(3))
 
 
+def test_the_best_is_kept_beside_the_last_two_also_by_a_run_that_is_continued(tmp_path):
+    for steps in ((1, 2, 3), (4, 5)):
+        with Checkpoints(tmp_path, keep_best=True) as checkpoints:
+            for step in steps:
+                loss = [9.0, 0.5, 3.0, 2.0, 4.0][step - 1]
+                checkpoints.save(step, {"x": jnp.float32(step)}, {"data": [step]}, loss)
+            assert checkpoints.best == 2
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 4, 5]
+    with Checkpoints(tmp_path, keep_best=True) as checkpoints:
+        assert checkpoints.restore({"x": jnp.zeros(())}) == (5, {"x": 5.0})
+        assert checkpoints.extra() == {"data": [5]}
+
+
 @pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8), (8, 4)])
 def test_another_number_of_devices(tmp_path, before, after):
     with Checkpoints(tmp_path) as checkpoints:
@@ -108,7 +121,7 @@ def test_a_damaged_checkpoint_and_another_model_are_user_errors(tmp_path):
         checkpoints.save(1, state(1))
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="another model"):
         checkpoints.restore({"other": jnp.zeros(3)})
-    for file in tmp_path.glob("1/default/**/d/*"):
+    for file in tmp_path.glob("1/state/**/d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="damaged"):
         checkpoints.restore(state())

@@ -2,7 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
+from hybrid_dit import flow
+from hybrid_dit.errors import UserError
 from hybrid_dit.flow import flow_matching_loss
 from hybrid_dit.sampling.schedule import TRAIN_STEPS
 
@@ -57,3 +60,30 @@ def test_another_key_is_another_draw():
     losses = [captured(lambda x, t: x, clean, 3.0, seed)[0] for seed in (0, 0, 1)]
     np.testing.assert_array_equal(losses[0], losses[1])
     assert np.all(losses[0] != losses[2])
+
+
+def test_logit_normal_levels_are_stratified_by_their_own_quantiles():
+    b, mean, std, shift = 64, 0.5, 1.5, 3.0
+    key = jax.random.key(0)
+    level, noise = flow.draw(key, (b, 1, 1, 1, 1), shift, "logit_normal", mean, std)
+    uniform, same = flow.draw(key, (b, 1, 1, 1, 1), 1.0)
+    np.testing.assert_array_equal(noise, same)
+    s = np.asarray(level, np.float64)
+    z = special.logit(s / (shift - (shift - 1) * s))  # inverse of the shift, then of the sigmoid
+    quantile = special.ndtr((z - mean) / std)
+    # s has an ulp of 2**-24 below 1; logit and shift multiply it by up to shift / (s (1 - s)), the density of z by 0.4.
+    atol = 8 * 2**-24 * shift / (s * (1 - s)).min()
+    np.testing.assert_allclose(quantile, uniform, atol=atol)
+    assert atol < 0.01 and sorted(np.floor(np.float64(uniform) * b)) == list(range(b))
+
+
+def test_an_unknown_distribution_is_told():
+    with pytest.raises(UserError, match="timesteps='beta' is unknown; choose one of uniform, logit_normal"):
+        flow.draw(jax.random.key(0), (1, 1, 1, 1, 1), 1.0, "beta")
+
+
+def test_values_are_summed_by_timestep():
+    level = np.float32([0.0, 0.249, 0.25, 0.6, 1.0])
+    sums, counts = flow.by_timestep(np.float32([1, 2, 4, 8, 16]), level, 4)
+    assert sums.tolist() == [3, 4, 8, 16] and counts.tolist() == [2, 1, 1, 1]
+    assert flow.bucket_names(4) == ["0-250", "250-500", "500-750", "750-1000"]

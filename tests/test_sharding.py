@@ -60,6 +60,38 @@ def test_a_mesh_of_blocks_videos_and_tokens():
             sharding.distill_mesh(*ways)
 
 
+def test_a_training_mesh_has_a_copy_of_the_weights_per_slice():
+    assert dict(sharding.train_mesh().shape) == {"replica": 1, "data": 8, "seq": 1}
+    assert dict(sharding.train_mesh(2, 2).shape) == {"replica": 2, "data": 2, "seq": 2}
+    assert sharding.train_mesh(devices=jax.devices()[:1]).size == 1
+    of_two_slices_in_turn = [0, 1] * 4
+    assert sharding._arranged(of_two_slices_in_turn, 0, 1).tolist() == [[[0], [2], [4], [6]], [[1], [3], [5], [7]]]
+    assert sharding._arranged(of_two_slices_in_turn, 1, 4).tolist() == [[[0, 2, 4, 6], [1, 3, 5, 7]]]
+    for ways in ((3, 1), (1, 3), (4, 4), (1, 0)):
+        with pytest.raises(UserError, match="8 devices .*mesh.replicas and mesh.seq"):
+            sharding.train_mesh(*ways)
+
+
+@pytest.mark.parametrize(
+    "processes, shares",
+    [
+        ([[0], [0], [1], [1]], [(0, 2), (1, 2)]),  # a half each
+        ([[0, 0], [1, 1]], [(0, 2), (1, 2)]),  # tokens split within a process
+        ([[0, 0, 1, 1]], [(0, 1), (0, 1)]),  # over both: each needs the whole batch
+        ([[0, 1], [2, 3]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_processes_read_the_parts_that_their_devices_need(processes, shares):
+    assert [sharding._share(np.array(processes), process) for process in range(len(shares))] == shares
+    assert sharding.process_share(sharding.train_mesh()) == (0, 1)
+
+
+@pytest.mark.parametrize("processes", [[[0], [1], [0], [1]], [[1], [0], [0], [1]], [[0], [0], [1]]])
+def test_a_process_whose_devices_are_scattered_is_told(processes):
+    with pytest.raises(UserError, match="not next to each other"):
+        sharding._share(np.array(processes), 0)
+
+
 def test_rules_over_all_axes_split_a_matrix_over_every_device():
     mesh = sharding.distill_mesh(2, 2)
     rules = sharding.over_all_axes(mesh, sharding.DIT_RULES)
@@ -73,6 +105,9 @@ def test_batches_split_where_they_divide():
     mesh = sharding.data_mesh()
     assert sharding.batch_sharding(mesh, 16).spec == P("data")
     assert sharding.batch_sharding(mesh, 4).is_fully_replicated
+    mesh = sharding.train_mesh(2, 2)  # four ways for videos
+    assert sharding.batch_sharding(mesh, 4).spec == P(("replica", "data"))
+    assert sharding.batch_sharding(mesh, 2).is_fully_replicated
 
 
 def test_stacked_sharding_splits_blocks_and_leaves_scalars_alone():

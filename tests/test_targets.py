@@ -52,6 +52,23 @@ def test_needed_bytes_of_the_compilers_messages(message, sizes):
     assert targets.needed_bytes(message) == tuple(int(s * 2**30) for s in sizes)
 
 
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+        ("Quadro", None),
+    ],
+)
+def test_peaks_by_the_names_that_devices_have(kind, peak):
+    assert targets.peak(kind) == peak
+
+
 def test_needed_bytes_of_another_error():
     assert targets.needed_bytes("INVALID_ARGUMENT: something else (3.00G)") is None
 

@@ -39,6 +39,17 @@ def test_settings_of_later_stages_do_not_matter(tmp_path):
         Stage(tmp_path, "finetune", settings(select__budget="1R2"))
 
 
+def test_how_a_stage_runs_may_change_when_it_is_continued(tmp_path):
+    Stage(tmp_path, "finetune", settings())
+    Stage(tmp_path, "finetune", settings(finetune__save_every=7, finetune__remat="dots", mesh__seq=2))
+    file = tmp_path / "finetune/settings.json"
+    there = json.loads(file.read_text())
+    assert "save_every" not in there["finetune"] and "steps" in there["finetune"]
+    there["finetune"]["save_every"] = 3  # as earlier versions wrote it
+    file.write_text(json.dumps(there))
+    Stage(tmp_path, "finetune", settings())
+
+
 def test_every_stage_depends_on_what_the_stages_before_it_depend_on():
     order = ["distill", "select", "finetune", "evaluate"]
     for before, after in zip(order, order[1:]):

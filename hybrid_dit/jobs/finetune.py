@@ -3,28 +3,36 @@
 The step itself is in `hybrid_dit.trainer`; here are data, the loop with its checkpoints, and what is written.
 """
 
+import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from hybrid_dit import pictures, sharding, surgery
+import jax
+
+from hybrid_dit import pictures, processes, sharding, surgery
+from hybrid_dit.agreement import gathered
 from hybrid_dit.array_typing import PyTree
 from hybrid_dit.checkpoint import Checkpoints
-from hybrid_dit.convert.pipeline import Pipeline, load_pipeline, save_transformer
+from hybrid_dit.convert.pipeline import load_pipeline, save_transformer
+from hybrid_dit.data.open_source import open_source
+from hybrid_dit.data.source import Batch, Source
 from hybrid_dit.errors import UserError
 from hybrid_dit.interruption import Interruption
-from hybrid_dit.loss_log import LossLog, read_losses, running_mean
-from hybrid_dit.pairs import Pairs, batch_at, rendered_pairs
-from hybrid_dit.progress import Progress, duration
+from hybrid_dit.loss_log import read_losses, running_mean
 from hybrid_dit.surgery_io import CHOICE_FILE, MAPS_FILE, load_choice, load_maps, specs_from_config
-from hybrid_dit.trainer import Trainer
+from hybrid_dit.train_metrics import AVERAGED, METRICS_FILE, Monitor, step_flops
+from hybrid_dit.train_samples import SampleVideos
+from hybrid_dit.trainer import State, Trainer
 from hybrid_dit.workdir import Stage, require
 
-AVERAGED = 20  # steps that the printed loss is a mean of
+KEYS_SHOWN = 16  # names of samples in a message
+PROFILE_AFTER = 3  # steps of this run, which are not typical
 
 
 def run(config, workdir: Path) -> None:
-    """Writes `transformer/` (the fine-tuned hybrid), `loss.csv`, `loss.png` and `checkpoints/`.
+    """Writes `transformer/` (the fine-tuned hybrid), `metrics.jsonl`, `tensorboard/`, `loss.png` and `checkpoints/`.
 
     Raises:
         UserError: an earlier stage is missing, there is no data, or training diverges.
@@ -38,76 +46,148 @@ def run(config, workdir: Path) -> None:
     choice = load_choice(selected / CHOICE_FILE)
     specs = specs_from_config(config.distill)
     attention, params = surgery.assemble(pipeline.dit, load_maps(distilled / MAPS_FILE), choice, specs)
-    pairs, empty = load_pairs(config, pipeline, stage.folder)
-    trainer = Trainer(config, pipeline.wan, attention, pipeline.shift, empty, sharding.data_mesh())
+    mesh = sharding.train_mesh(config.mesh.replicas, config.mesh.seq)
+    source, empty = open_source(config, pipeline, stage.folder, *sharding.process_share(mesh))
+    trainer = Trainer(config, pipeline.wan, attention, pipeline.shift, empty, mesh)
+    teacher = trainer.place_teacher(pipeline.dit) if config.finetune.teacher else None
+    videos = None
+    if config.finetune.sample_every:
+        videos = SampleVideos(config, pipeline, attention, stage.folder / "samples")
     del pipeline  # the text encoder alone is 23 GB for Wan
-    params = train(trainer, params, pairs, stage.folder)
+    state = train(trainer, params, source, stage.folder, config.to_dict(), teacher, videos)
 
-    steps, losses = read_losses(stage.folder / "loss.csv")
+    tuned = sharding.to_host(state.ema or state.params)
+    last = processes.on_main(_write, stage.folder, trainer, tuned)
+    which = f"weights averaged with decay {trainer.cfg.ema:g}" if state.ema else "weights of the last step"
+    print(f"finetune: {which} in {stage.folder}/transformer")
+    stage.finish(blocks=choice, loss=round(last, 6), weights="ema" if state.ema else "last")
+
+
+def _write(folder: Path, trainer: Trainer, params: PyTree) -> float:
+    """Writes the result and the picture of the losses; returns the mean of the last ones."""
+    steps, losses = read_losses(folder / METRICS_FILE)
     curves = {"each step": (steps, losses), f"mean of {AVERAGED}": (steps, running_mean(losses, AVERAGED))}
-    pictures.loss_curves(stage.folder / "loss.png", curves, value_label="flow-matching loss", title="Fine-tuning")
-    save_transformer(stage.folder / "transformer", trainer.wan, attention, sharding.to_host(params))
+    pictures.loss_curves(folder / "loss.png", curves, value_label="flow-matching loss", title="Fine-tuning")
+    save_transformer(folder / "transformer", trainer.wan, trainer.attention, params)
     last = float(running_mean(losses, AVERAGED)[-1])
-    print(f"finetune: mean loss of the last {min(AVERAGED, len(losses))} steps {last:.5g}; {stage.folder}/transformer")
-    stage.finish(blocks=choice, loss=round(last, 6))
+    print(f"finetune: mean loss of the last {min(AVERAGED, len(losses))} steps {last:.5g}")
+    return last
 
 
-def load_pairs(config, pipeline: Pipeline, folder: Path) -> tuple[Pairs, Pairs]:
-    """Returns the training pairs and the empty prompt's text, see `rendered_pairs`.
+def train(
+    trainer: Trainer,
+    params: PyTree,
+    source: Source,
+    folder: Path,
+    settings: dict,
+    teacher: PyTree = None,
+    videos: Callable[[int, PyTree], None] | None = None,
+) -> State:
+    """Returns the state after the last step, trained from `params` or from the last checkpoint in `folder`.
 
-    Raises:
-        UserError: the config asks for data that this version can't provide.
-    """
-    if not config.finetune.videos:
-        raise UserError(
-            "no training videos: this version can fine-tune on rendered moving shapes alone; say how many with "
-            "--config.finetune.videos=48, together with --config.model.height and .width equal to each other"
-        )
-    if config.model.height != config.model.width:
-        raise UserError(
-            f"moving shapes are square, but model.height={config.model.height} and model.width={config.model.width}; "
-            "set both to the same number"
-        )
-    cache = folder / "latents.safetensors"
-    return rendered_pairs(
-        pipeline, config.finetune.videos, config.model.frames, config.model.height, config.seed, cache
-    )
+    Ctrl-C and SIGTERM, in whichever process, save a checkpoint after the step at hand and end the program.
 
-
-def train(trainer: Trainer, params: PyTree, pairs: Pairs, folder: Path) -> PyTree:
-    """Returns the trained parameters: from `params` or the last checkpoint in `folder` to the last step.
-
-    Ctrl-C and SIGTERM save a checkpoint after the step at hand and end the program.
+    Args:
+        trainer: with its mesh.
+        params: untrained, on the host.
+        source: of batches; it is put where the checkpoint says.
+        folder: of the stage.
+        settings: of the run, kept with every checkpoint.
+        teacher: from `trainer.place_teacher`, if the loss has a term for it.
+        videos: called every `sample_every` steps with the number of steps and the weights.
 
     Raises:
-        UserError: loss or gradient is not finite.
+        UserError: loss or gradient is not finite, or a checkpoint doesn't fit.
     """
-    cfg, seed = trainer.cfg, trainer.seed
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        first, state = checkpoints.restore(trainer.abstract(params)) or (0, trainer.init(params))
-        if first:
+    cfg = trainer.cfg
+    with Checkpoints(folder / "checkpoints", cfg.keep, keep_best=True) as checkpoints:
+        restored = checkpoints.restore(trainer.abstract(params))
+        first, state = restored or (0, trainer.init(params))
+        if restored:
+            source.restore(_position(checkpoints.extra()["data"]))
             print(f"finetune: continues after step {first}")
         if first == cfg.steps:
-            return state.params
-        began = time.monotonic()
-        step = trainer.compile(state, batch_at(pairs, 0, cfg.batch, seed))
-        print(f"finetune: train step compiled in {duration(time.monotonic() - began)}", flush=True)
-        progress = Progress("finetune", cfg.steps, start=first)
-        with LossLog(folder / "loss.csv", first, AVERAGED) as log, Interruption() as interruption:
+            return state
+        batch = source.next()
+        step = trainer.compile(state, batch, teacher)
+        _, parts = sharding.process_share(trainer.mesh)
+        with (
+            Monitor(folder, first, cfg.steps, trainer.mesh.size) as monitor,
+            Interruption() as interruption,
+            Profile(folder / "profile", first + PROFILE_AFTER, cfg.profile) as profile,
+        ):
             for n in range(first + 1, cfg.steps + 1):
-                state, metrics = step(state, batch_at(pairs, n - 1, cfg.batch, seed))
-                loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                    raise UserError(
-                        f"fine-tuning diverged at step {n}: loss {loss}, gradient norm {grad_norm}. Delete {folder} "
-                        f"and start again with a lower --config.finetune.learning_rate (now {cfg.learning_rate})"
-                    )
-                log.add(n, loss, grad_norm)
-                progress.update(n, loss=log.mean)
+                began = time.monotonic()
+                profile.before(n)
+                state, metrics = step(state, batch)
+                position = source.state()
+                following = source.next() if n < cfg.steps else None  # while the devices are busy
+                metrics = jax.device_get(metrics)
+                _check(metrics, n, batch, checkpoints, cfg)
+                shape = (len(batch.latents) * parts, *batch.latents.shape[1:])
+                tokens = shape[0] * math.prod(trainer.wan.grid(shape))
+                flops = step_flops(trainer.wan, trainer.attention, shape, batch.text.shape[1], teacher is not None)
+                monitor.add(n, metrics, time.monotonic() - began, tokens, flops)
                 stop = interruption.due()
                 if stop or n % cfg.save_every == 0 or n == cfg.steps:
-                    checkpoints.save(n, state)
+                    positions = [json.loads(text) for text in gathered(json.dumps(position))]
+                    extra = {"data": positions, "config": json.loads(json.dumps(settings))}
+                    checkpoints.save(n, state, extra, monitor.mean)
                 if stop:
                     print(f"finetune: saving after step {n}", flush=True)
                     interruption.stop()
-    return state.params
+                if videos and n % cfg.sample_every == 0:
+                    videos(n, state.ema or state.params)
+                batch = following
+    return state
+
+
+class Profile:
+    """A trace of `steps` steps after step `after`, for TensorBoard's profiler or Perfetto. Use it with `with`."""
+
+    def __init__(self, folder: Path, after: int, steps: int):
+        self._folder, self._after, self._steps, self._running = folder, after, steps, False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            print(f"finetune: profile in {self._folder}", flush=True)
+
+    def before(self, step: int) -> None:
+        """Starts or ends the trace before this step."""
+        if self._steps and step == self._after + 1:
+            self._running = True
+            jax.profiler.start_trace(self._folder)
+        elif step == self._after + self._steps + 1:
+            self.__exit__()
+
+
+def _check(metrics, step: int, batch: Batch, checkpoints: Checkpoints, cfg) -> None:
+    """Raises UserError if loss or gradient is not finite."""
+    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    keys = ", ".join(batch.keys[:KEYS_SHOWN]) + (", ..." if len(batch.keys) > KEYS_SHOWN else "")
+    good = checkpoints.latest
+    saved = f"the last good checkpoint is {checkpoints.folder / str(good)}" if good else "nothing was saved before"
+    raise UserError(
+        f"fine-tuning diverged at step {step}: loss {loss}, gradient norm {grad_norm}. Its samples (of this process): "
+        f"{keys}; {saved}. The same command would come to the same step again: look at those samples, or start in "
+        f"another --workdir with a lower --config.finetune.learning_rate (now {cfg.learning_rate})"
+    )
+
+
+def _position(states: list[dict]) -> dict:
+    """Returns the position in the data of this process, from those of all processes when the checkpoint was saved."""
+    if len(states) == jax.process_count():
+        return states[jax.process_index()]
+    if all(state == states[0] for state in states):
+        return states[0]
+    raise UserError(
+        f"the checkpoint has positions in the data of {len(states)} processes, which differ; continue it with as many "
+        f"(now {jax.process_count()})"
+    )

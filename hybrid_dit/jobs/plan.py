@@ -22,6 +22,7 @@ from hybrid_dit import cost, distiller, generation, hlo, sample_loading, samplin
 from hybrid_dit.atomic import write_json
 from hybrid_dit.convert.abstract import abstract_dit, abstract_vae
 from hybrid_dit.convert.pipeline import load_pipeline_config
+from hybrid_dit.data.source import Text
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.vae import VAEConfig, WanVAE, decode
 from hybrid_dit.models.wan import PRESETS, SelfAttention, WanConfig
@@ -145,10 +146,13 @@ def finetune_step(config, wan: WanConfig, shape: tuple[int, ...], target: Target
     cfg = config.finetune
     attention = planned_attention(config, wan)
     text, count = np.zeros((1, TEXT_TOKENS + 1, wan.text_dim), np.float32), np.zeros((1, TEXT_TOKENS + 1), np.float32)
-    empty = Pairs(np.zeros((1, *shape), np.float32), text, count)
-    trainer = Trainer(config, wan, attention, 3.0, empty, sharding.data_mesh(target.devices))
-    batch = Pairs(*(jax.ShapeDtypeStruct((cfg.batch, *x.shape[1:]), x.dtype) for x in empty))
-    return trainer.lower(trainer.abstract(abstract_dit(wan, attention)), batch)
+    empty = Text(text, count)
+    mesh = sharding.train_mesh(config.mesh.replicas, config.mesh.seq, target.devices)
+    trainer = Trainer(config, wan, attention, 3.0, empty, mesh)
+    shapes = shape, text.shape[1:], count.shape[1:]
+    batch = Pairs(*(jax.ShapeDtypeStruct((cfg.batch, *sizes), np.float32) for sizes in shapes))
+    teacher = trainer.abstract_teacher(abstract_dit(wan)) if cfg.teacher else None
+    return trainer.lower(trainer.abstract(abstract_dit(wan, attention)), batch, teacher)
 
 
 def sample_step(config, wan: WanConfig, shape: tuple[int, ...], target: Target) -> jax.stages.Lowered:

@@ -75,6 +75,14 @@ PRESETS = {
 }
 
 
+# What a block keeps for the backward pass, if not everything: its input alone, or outputs of dense layers too.
+REMAT: dict[str, Callable | None] = {
+    "none": None,
+    "block": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
 class WanDiT(nn.Module):
     """Predicts the velocity of a noisy latent video.
 
@@ -82,14 +90,14 @@ class WanDiT(nn.Module):
         config: sizes.
         attention: one `AttentionSpec` per block; empty means softmax everywhere (the teacher).
         dtype: of activations and matrix products; parameters, norms and modulation stay float32.
-        remat: recompute each block in the backward pass instead of keeping its activations.
+        remat: what the backward pass recomputes instead of keeping it, a name of `REMAT`.
         backend: of self-attention, see `ops.backends`.
     """
 
     config: WanConfig
     attention: tuple[AttentionSpec, ...] = ()
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     backend: str = "auto"
 
     @nn.compact
@@ -125,7 +133,10 @@ class WanDiT(nn.Module):
 
         x, time, conditions = embed(latents, timestep, text, text_count)
         phi = self._feature_maps(distinct)
-        block = nn.remat(WanBlock, prevent_cse=False) if self.remat else WanBlock
+        if self.remat not in REMAT:
+            raise UserError(f"remat {self.remat!r} is unknown; choose one of {', '.join(REMAT)}")
+        policy = REMAT[self.remat]
+        block = WanBlock if self.remat == "none" else nn.remat(WanBlock, prevent_cse=False, policy=policy)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
