@@ -11,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hybrid_dit", "hybrid_dit.*"]),
+    package_data={"hybrid_dit.report": ["page.css", "page.js"]},
     install_requires=[
         "absl-py",
         "array_record",

@@ -145,4 +145,7 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.sample.windows = 0  # of columns, decoded one after the other to save memory; 0: what devices share, else 1
     c.sample.vae_dtype = "float32"  # of the VAE's activations; bfloat16 takes half the memory
     c.sample.fps = 16
+
+    c.report = ConfigDict()
+    c.report.max_mb = 15.0  # of the page; videos are shrunk or left out beyond it
     return c

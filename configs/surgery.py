@@ -2,7 +2,7 @@
 
 Run:    python -m hybrid_dit.main --config=configs/surgery.py --workdir=runs/tiny
 Takes:  about 9 minutes on 2 CPU cores (tiny).
-Gives:  one folder per stage in the workdir; the result is export/pipeline, the verdict evaluate/results.csv.
+Gives:  one folder per stage in the workdir; the result is export/pipeline, the verdict report.html.
 """
 
 from ml_collections import ConfigDict

@@ -8,7 +8,7 @@ writes, and tells the others: a file that one machine has written another one ma
 import json
 from pathlib import Path
 
-from hybrid_dit import processes
+from hybrid_dit import environment, processes
 from hybrid_dit.atomic import write_json
 from hybrid_dit.errors import UserError
 
@@ -43,6 +43,7 @@ class Stage:
             UserError: the folder was made with other settings.
         """
         self.folder = workdir / name
+        self._uses_model = "model" in SECTIONS[name]
         settings = {"seed": config.seed, **{section: config[section].to_dict() for section in SECTIONS[name]}}
         settings = _without_how(json.loads(json.dumps(settings)))  # tuples become lists, as in the file
         processes.on_main(self._open, settings)
@@ -66,8 +67,17 @@ class Stage:
         return processes.on_main((self.folder / "done.json").is_file)
 
     def finish(self, **summary) -> None:
-        """Marks the stage as complete; everything else must have been written before. `summary` is kept in the mark."""
-        processes.on_main(write_json, self.folder / "done.json", summary)
+        """Marks the stage as complete; everything else must have been written before. `summary` is kept in the mark.
+
+        Where a model was at work, `environment.json` says with which versions and on which devices; a data set's bytes
+        depend on its settings alone.
+        """
+        processes.on_main(self._finish, summary)
+
+    def _finish(self, summary: dict) -> None:
+        if self._uses_model:
+            write_json(self.folder / "environment.json", environment.describe())
+        write_json(self.folder / "done.json", summary)
 
 
 def is_done(workdir: Path, name: str, config) -> bool:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrid_dit import jobs, knapsack
+from hybrid_dit import jobs, knapsack, processes
 from hybrid_dit.errors import UserError
-from hybrid_dit.jobs import evaluate, select_rates
+from hybrid_dit.jobs import evaluate, report, select_rates
 from hybrid_dit.progress import duration
+from hybrid_dit.report import NAME, is_current
 from hybrid_dit.sampling import make_sampler
 from hybrid_dit.workdir import is_done
 
@@ -22,7 +23,7 @@ STAGES = {  # folder -> (job, what it does)
 
 
 def run(config, workdir: Path) -> None:
-    """Runs the stages that are not complete in `workdir`, and prints the table of `evaluate`.
+    """Runs the stages that are not complete in `workdir`, prints the table of `evaluate`, and writes `report.html`.
 
     Raises:
         UserError: as the stages; what can be told from the settings is raised before any work.
@@ -37,7 +38,17 @@ def run(config, workdir: Path) -> None:
             print(f"complete in {workdir / folder}")
         else:
             jobs.run(job, config, workdir)
-    print(f"\nsurgery took {duration(time.monotonic() - began)}")
+    print()
+    processes.on_main(_report, config, workdir)
+    print(f"surgery took {duration(time.monotonic() - began)}")
+
+
+def _report(config, workdir: Path) -> None:
+    """Writes the page unless it is there and nothing was done since."""
+    if is_current(workdir):
+        print(f"report: {workdir / NAME}")
+    else:
+        report.run(config, workdir)
 
 
 def check(config) -> None:
