@@ -3,6 +3,7 @@ import json
 import pytest
 
 from configs import common
+from hybrid_dit import environment
 from hybrid_dit.errors import UserError
 from hybrid_dit.workdir import SECTIONS, Stage, require
 
@@ -20,6 +21,7 @@ def test_a_stage_continues_until_it_is_finished(tmp_path):
     stage.finish(error=0.5)
     assert Stage(tmp_path, "distill", settings()).done
     assert json.loads((stage.folder / "done.json").read_text()) == {"error": 0.5}
+    assert json.loads((stage.folder / "environment.json").read_text()) == environment.describe()
 
 
 def test_other_settings_are_an_error_that_shows_each_difference(tmp_path):

@@ -7,6 +7,7 @@ from hybrid_dit import jobs
 from hybrid_dit.convert.pipeline import load_pipeline
 from hybrid_dit.errors import UserError
 from hybrid_dit.jobs import distill, surgery
+from hybrid_dit.report.contents import read
 from hybrid_dit.workdir import Stage
 
 SHORT = {
@@ -41,7 +42,11 @@ def test_whole_surgery_then_the_same_command_again(tmp_path, capsys, monkeypatch
     headers = [line.split()[2].rstrip(":") for line in out.splitlines() if line.startswith("===")]
     assert headers == list(surgery.STAGES)
     assert out.index("=== 5/5") < out.index("PSNR to teacher")
-    assert sorted(folder.name for folder in workdir.iterdir()) == sorted(surgery.STAGES)
+    assert sorted(file.name for file in workdir.iterdir()) == sorted([*surgery.STAGES, "report.html"])
+    contents = read(workdir)  # what the stages write is what the report reads
+    assert contents.problems == [] and set(contents.status.values()) == {"complete"}
+    page = (workdir / "report.html").read_text()
+    assert page.count("<video ") == 4 and "Not available" not in page and "Not recorded" not in page
     chosen = json.loads((workdir / "select" / "rates.json").read_text())["blocks"]
     exported = load_pipeline(workdir / "export" / "pipeline")
     assert [spec.label for spec in exported.attention] == chosen
@@ -51,7 +56,7 @@ def test_whole_surgery_then_the_same_command_again(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(distill, "run", None)
     surgery.run(config_of(tmp_path), workdir)
     out = capsys.readouterr().out
-    assert out.count("complete in") == 4 and "PSNR to teacher" in out
+    assert out.count("complete in") == 4 and "PSNR to teacher" in out and f"report: {workdir / 'report.html'}" in out
     assert {file: file.stat().st_mtime_ns for file in workdir.rglob("*")} == times
 
     with pytest.raises(UserError) as error:
