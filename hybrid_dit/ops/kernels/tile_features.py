@@ -43,8 +43,31 @@ def apply(params: dict[str, Array], x: Array, spec: FeatureMapSpec) -> Array:
         x: the tile.
         spec: of the map; `fits` it.
     """
-    twin = _OF_APPLY[feature_maps.FEATURE_MAPS[spec.kind].apply]
-    return twin(params, x, spec).astype(x.dtype)
+    return unrounded(params, x, spec).astype(x.dtype)
+
+
+def unrounded(params: dict[str, Array], x: Array, spec: FeatureMapSpec) -> Array:
+    """φ(x) as `apply`, before its last rounding; differentiable."""
+    return _OF_APPLY[feature_maps.FEATURE_MAPS[spec.kind].apply](params, x, spec)
+
+
+@jax.custom_vjp
+def dense(x: Array, kernel: Array) -> Array:
+    """x times a kernel rounded to its dtype; float32.
+
+    The derivative rounds the cotangent to that dtype, as `feature_maps.product` does; that of a float32 kernel is not.
+    """
+    return dot(x, kernel.astype(x.dtype))
+
+
+def _dense_backward(operands, cotangent):
+    x, kernel = operands
+    cotangent = cotangent.astype(x.dtype)
+    to_x = dot(cotangent, kernel.astype(x.dtype), contract=(1, 1)).astype(x.dtype)
+    return to_x, dot(x.T, cotangent).astype(kernel.dtype)
+
+
+dense.defvjp(lambda x, kernel: (dense(x, kernel), (x, kernel)), _dense_backward)
 
 
 def dot(x: Array, y: Array, contract: tuple[int, int] = (1, 0)) -> Array:
@@ -62,7 +85,7 @@ def _poly(params, x, spec):
     for i in range(spec.layers):
         if i > 0:
             y = _gelu(y).astype(x.dtype)
-        y = dot(y, params[f"w{i}"]) + params[f"b{i}"]
+        y = dense(y, params[f"w{i}"]) + params[f"b{i}"]
     exact = spec.activation != "softplus" or x.dtype == jnp.float32
     psi = feature_maps.activation(spec.activation)(y) if exact else _softplus(y)
     slices = jnp.split(psi, spec.degree, axis=1)  # whole columns of lanes: neither this nor joining them moves anything
@@ -96,7 +119,7 @@ def _elu(params, x, spec):
 
 def _hedgehog(params, x, spec):
     del spec
-    y = dot(x, params["w0"]) + params["b0"]
+    y = dense(x, params["w0"]) + params["b0"]
     top = jnp.abs(y).max(axis=1, keepdims=True)
     e = jnp.concatenate([jnp.exp(y - top), jnp.exp(-y - top)], axis=1)
     return e / e.sum(axis=1, keepdims=True)
