@@ -1,15 +1,14 @@
 """The backward pass of hybrid attention (paper Eq. 5, c_i held fixed) on a TPU, as two Pallas kernels.
 
-With P_ij = exp(s_ij − c_i) / (denominator of row i), g the cotangent of y and δ_i = g_i·y_i / (denominator), the
-derivative of a weight's logarithm is P_ij (g_i·v_j − δ_i·denominator): a flash backward pass with the total output and
-the total normaliser. Here g is divided by its row's denominator first ("scaled"), which leaves exp(s_ij − c_i) as it was
-in the forward pass and serves the linear part too: there, the scaled g and −δ are cotangents of numerator and denominator.
+With g_i the cotangent of y_i divided by the row's denominator, and δ_i = g_i·y_i: g_i is the cotangent of the
+numerator, −δ_i that of the denominator. So that of a score is exp(s_ij − c_i) (g_i·v_j − δ_i), a flash backward pass
+with the total output and the total normaliser; and the linear part has the same two cotangents.
 
-Kernel A (`queries`) goes over tiles of queries and, within, over tiles of S's keys; both are recomputed into scores once,
-for the gradients of q and of S's k and v together, which are summed for all of a head's keys in VMEM (as many as fit,
-`back_span`; more take another pass). For every tile of queries it then goes back through φ_q, and sums the gradients
-of φ_q's parameters and of the state and the normaliser. Kernel B (`keys`) goes over tiles of all keys, back through φ_k,
-and puts the rows of S, which come from kernel A, in their places.
+Kernel A (`queries`) goes over tiles of queries and, within, over tiles of S's keys. It recomputes scores once, for the
+gradients of q and of S's k and v together; the latter are summed in VMEM for all keys of a head (for `back_span` of
+them; more take another pass). For every tile of queries it then goes back through φ_q, and sums the gradients of
+φ_q's parameters and of the linear part's state and normaliser. Kernel B (`keys`) goes over tiles of all keys, back
+through φ_k, and puts the rows of S, which come from kernel A, in their places.
 
 Scores are held as [keys, queries]: what belongs to a query is a row then, and no product transposes them.
 """
@@ -80,7 +79,7 @@ def queries(rows, stats, softmax, params, sums, heads, spec, blocks, interpret):
 
 
 def _queries(rows, stats, softmax, params, sums, heads, blocks, interpret, spec, dtype):
-    """As `queries` for keys that fit, dq in `dtype` (None: as q), sums over videos and rows of `dstate` not yet taken."""
+    """As `queries` for keys that fit: dq in `dtype` (None: as q), `dstate` with the rows beside it, per video."""
     q = rows[0]
     b, n, d = q.shape[0], q.shape[1], q.shape[2] // heads
     count, size = tiles(n, blocks.back_queries, LANES)
@@ -95,7 +94,7 @@ def _queries(rows, stats, softmax, params, sums, heads, blocks, interpret, spec,
     dstate = tuple(f32((b, heads, d + ONES, x.shape[3])) for x in sums[:1])
     dparams = jax.tree.map(lambda x: f32((b, *x.shape)), params)
     dq, dkeys, dstate, dparams = pl.pallas_call(
-        functools.partial(_queries_kernel, spec=spec, n=n, m=m, chunk=blocks.back_chunk),
+        functools.partial(_queries_kernel, spec=spec, n=n, m=m, blocks=blocks),
         grid=(b, heads, count, steps),
         in_specs=[
             (tile,) * 3,
@@ -124,7 +123,7 @@ def _queries(rows, stats, softmax, params, sums, heads, blocks, interpret, spec,
     return dq, dkeys, dstate[0] if sums else (), dparams
 
 
-def _queries_kernel(rows, stats_ref, keys, params, sums, dq_ref, dkeys, dstate, dparams, *scratch, spec, n, m, chunk):
+def _queries_kernel(rows, stats_ref, keys, params, sums, dq_ref, dkeys, dstate, dparams, *scratch, spec, n, m, blocks):
     q_ref, g_ref, row_ref, sum_ref = scratch
     r, step = pl.program_id(2), pl.program_id(3)
     size, d = q_ref.shape
@@ -143,7 +142,7 @@ def _queries_kernel(rows, stats_ref, keys, params, sums, dq_ref, dkeys, dstate, 
             for ref in dkeys:
                 ref[here, :] = jnp.zeros((width, d), jnp.float32)
 
-        _softmax_step(q_ref, g_ref, row_ref, sum_ref, *keys, *dkeys, m=m, chunk=chunk)
+        _softmax_step(q_ref, g_ref, row_ref, sum_ref, *keys, *dkeys, m=m, chunk=blocks.back_chunk)
 
         @pl.when(r == pl.num_programs(2) - 1)
         def _():
@@ -160,7 +159,7 @@ def _queries_kernel(rows, stats_ref, keys, params, sums, dq_ref, dkeys, dstate, 
     def _():
         dq = sum_ref[...].T * d**-0.5
         if sums:
-            dq += _linear_rows(q_ref, g_ref, row_ref, params, *sums, *dstate, dparams, spec)
+            dq += _linear_rows(q_ref, g_ref, row_ref, params, *sums, *dstate, dparams, spec, blocks.back_rows)
         dq_ref[...] = dq.astype(dq_ref.dtype)
 
 
@@ -212,22 +211,39 @@ def _softmax_step(q_ref, g_ref, row_ref, sum_ref, k_ref, v_ref, dk_ref, dv_ref, 
         sum_ref[...] += dot(k.T, ds)
 
 
-def _linear_rows(q_ref, g_ref, row_ref, params, state_ref, normaliser_ref, dstate_ref, dparams, spec):
+def _linear_rows(q_ref, g_ref, row_ref, params, state_ref, normaliser_ref, dstate_ref, dparams, spec, chunk):
     """Adds a tile of queries to what is summed over queries; returns the linear part of dq, float32."""
-    g, delta, state = g_ref[...], row_ref[1:], state_ref[...]
-    wide = {name: x.astype(jnp.float32) for name, x in read(params).items()}
-    of_map = functools.partial(tile_features.unrounded, spec=spec.feature_map)
-    phi, pull = jax.vjp(of_map, wide, q_ref[...])
-    # Two rows beside g make the normaliser's gradient of the same product: −δ and what its rounding leaves.
-    high = (-delta).astype(g.dtype)
-    low = (-delta - high.astype(jnp.float32)).astype(g.dtype)
-    extra = jnp.concatenate([high, low, jnp.zeros((ONES - 2, delta.shape[1]), g.dtype)])
-    dstate_ref[...] += dot(jnp.concatenate([g.T, extra]), phi.astype(g.dtype))
-    dphi = dot(g, state) - _columns(delta, state.shape[1]) * normaliser_ref[...]
-    new, dq = pull(dphi)
+    wide, dqs = _wide(params), []
+    for start in range(0, q_ref.shape[0], chunk):
+        here = slice(start, start + chunk)
+        g, delta, state = g_ref[here, :], row_ref[1:, here], state_ref[...]
+        phi, pull = _map(wide, q_ref[here, :], spec)
+        # Two rows beside g make the normaliser's gradient of the same product: −δ and what its rounding leaves.
+        high = (-delta).astype(g.dtype)
+        low = (-delta - high.astype(jnp.float32)).astype(g.dtype)
+        extra = jnp.concatenate([high, low, jnp.zeros((ONES - 2, delta.shape[1]), g.dtype)])
+        dstate_ref[...] += dot(jnp.concatenate([g.T, extra]), phi)
+        dqs.append(_pull(pull, dot(g, state) - _columns(delta, state.shape[1]) * normaliser_ref[...], dparams))
+    return jnp.concatenate(dqs)
+
+
+def _wide(params) -> dict[str, Array]:
+    """Parameters in float32, so that their gradients are."""
+    return {name: x.astype(jnp.float32) for name, x in read(params).items()}
+
+
+def _map(wide, x, spec):
+    """φ(x) in the dtype of x, and what takes its cotangent to those of parameters and x."""
+    phi, pull = jax.vjp(functools.partial(tile_features.unrounded, spec=spec.feature_map), wide, x)
+    return phi.astype(x.dtype), pull
+
+
+def _pull(pull, dphi, dparams):
+    """Adds gradients of parameters; returns that of x, float32."""
+    new, dx = pull(dphi)
     for name, ref in dparams.items():
         ref[...] += new[name]
-    return dq.astype(jnp.float32)
+    return dx.astype(jnp.float32)
 
 
 # Kernel B: keys
@@ -257,7 +273,7 @@ def keys(k, v, softmax_grads, params, state_grads, heads, spec, grid, blocks, in
     given = softmax_grads if inside else ()
     dparams = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, *x.shape), jnp.float32), params)
     dk, dv, dparams = pl.pallas_call(
-        functools.partial(_keys_kernel, spec=spec, grid=grid, n=n),
+        functools.partial(_keys_kernel, spec=spec, grid=grid, n=n, chunk=blocks.back_rows),
         grid=(b, heads, count),
         in_specs=[
             tile,
@@ -268,7 +284,7 @@ def keys(k, v, softmax_grads, params, state_grads, heads, spec, grid, blocks, in
         ],
         out_specs=(tile, tile, jax.tree.map(per_video_and_head, dparams)),
         out_shape=(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)), dparams),
-        scratch_shapes=[pltpu.VMEM((size, d), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((size, d), jnp.float32) for _ in given],
         compiler_params=compiler_params(blocks.back_vmem, "parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="hybrid_back_keys",
@@ -284,7 +300,7 @@ def _placed(x: Array, rows: Array, spec: AttentionSpec, grid) -> Array:
     return x.at[:, index].set(rows[:, : len(index)].astype(x.dtype), unique_indices=True, indices_are_sorted=True)
 
 
-def _keys_kernel(k_ref, v_ref, params, state_grads, given, dk_ref, dv_ref, dparams, wide_ref, *, spec, grid, n):
+def _keys_kernel(k_ref, v_ref, params, state_grads, given, dk_ref, dv_ref, dparams, *wide_refs, spec, grid, n, chunk):
     t = pl.program_id(2)
 
     @pl.when(t == 0)
@@ -292,22 +308,24 @@ def _keys_kernel(k_ref, v_ref, params, state_grads, given, dk_ref, dv_ref, dpara
         for ref in dparams.values():
             ref[...] = jnp.zeros_like(ref)
 
-    size, d = k_ref.shape
-    k, v = k_ref[...], v_ref[...]
-    if n % size:
-        k, v = (zeros_past_end(x, t * size, n, n % size // ONES * ONES) for x in (k, v))
-    dstate, dnormaliser = state_grads[0][...], state_grads[1][...]
-    wide = {name: x.astype(jnp.float32) for name, x in read(params).items()}
-    phi, pull = jax.vjp(functools.partial(tile_features.unrounded, spec=spec.feature_map), wide, k)
-    token = t * size + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
-    keep = ((token < n) & in_linear(token, spec, grid)).astype(jnp.float32)
-    new, dk = pull((dot(v, dstate) + dnormaliser) * _columns(keep, dstate.shape[1]))
-    for name, ref in dparams.items():
-        ref[...] += new[name]
-    dv = dot(phi.astype(k.dtype), dstate, contract=(1, 1))
-    for i, (ref, x) in enumerate([(dk_ref, dk), (dv_ref, dv)]):
-        if given:  # every R-th row of the tile is one of S
-            wide_ref[...] = x.astype(jnp.float32)
-            wide_ref[pl.ds(0, size // spec.rate, spec.rate), :] = given[i][...]
-            x = wide_ref[...]
-        ref[...] = x.astype(ref.dtype)
+    size, wide = k_ref.shape[0], _wide(params)
+    for start in range(0, size, chunk):
+        here, first = slice(start, start + chunk), t * size + start
+        k, v = k_ref[here, :], v_ref[here, :]
+        if 0 < n % size < start + k.shape[0]:
+            used = max(n % size - start, 0) // ONES * ONES
+            k, v = (zeros_past_end(x, first, n, used) for x in (k, v))
+        dstate, dnormaliser = state_grads[0][...], state_grads[1][...]
+        phi, pull = _map(wide, k, spec)
+        token = first + jax.lax.broadcasted_iota(jnp.int32, (1, k.shape[0]), 1)
+        keep = _columns(((token < n) & in_linear(token, spec, grid)).astype(jnp.float32), dstate.shape[1])
+        dk = _pull(pull, (dot(v, dstate) + dnormaliser) * keep, dparams)
+        dv = dot(phi, dstate, contract=(1, 1))
+        for i, (ref, x) in enumerate([(dk_ref, dk), (dv_ref, dv)]):
+            if given:
+                wide_refs[i][here, :] = x
+            else:
+                ref[here, :] = x.astype(ref.dtype)
+    for ref, rows, wide_ref in zip((dk_ref, dv_ref), given, wide_refs):  # every R-th row of the tile is one of S
+        wide_ref[pl.ds(0, size // spec.rate, spec.rate), :] = rows[...]
+        ref[...] = wide_ref[...].astype(ref.dtype)

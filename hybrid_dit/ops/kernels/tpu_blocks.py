@@ -28,7 +28,8 @@ class Blocks:
         vmem: MiB that a kernel may use.
         back_queries, back_keys, back_chunk: the same of the backward kernel of queries.
         back_linear: keys and values of a step of the backward kernel of keys.
-        back_span: softmax keys whose gradients are summed in fast memory at a time.
+        back_rows: tokens of a tile that go back through a feature map at a time.
+    back_span: softmax keys whose gradients are summed in fast memory at a time.
         back_vmem: MiB that a backward kernel may use.
     """
 
@@ -41,6 +42,7 @@ class Blocks:
     back_keys: int = 1024
     back_chunk: int = 512
     back_linear: int = 1024
+    back_rows: int = 256
     back_span: int = 16384
     back_vmem: int = 60
 
@@ -106,4 +108,5 @@ def in_linear(token: Array, spec: AttentionSpec, grid: Grid) -> Array:
 
 
 def read(params) -> dict[str, Array]:
+    """Values of named references."""
     return {name: ref[...] for name, ref in params.items()}

@@ -27,7 +27,6 @@ from hybrid_dit.ops.kernels.tpu_blocks import (
     zeros_past_end,
 )
 
-
 # Kernel A: state and normaliser of the linear part
 
 

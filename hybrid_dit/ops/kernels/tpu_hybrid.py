@@ -69,7 +69,7 @@ def forward_and_residuals(
     blocks: Blocks | None = None,
     interpret: Interpret = False,
 ) -> tuple[Float[Array, "b n h d"], PyTree]:
-    """As `forward`, with what `backward` needs beside q, k, v and φ: y, two numbers per row, the linear part's state."""
+    """As `forward`, with what `backward` needs too: y, two numbers per row, state and normaliser of the linear part."""
     y, kept = _forward(q, k, v, phi, spec, grid, blocks or default_blocks(), interpret, keep=True)
     return y, (y, *kept)
 
