@@ -42,13 +42,18 @@ class Blocks:
     back_keys: int = 1024
     back_chunk: int = 512
     back_linear: int = 1024
-    back_rows: int = 256
+    back_rows: int = 512
     back_span: int = 16384
     back_vmem: int = 60
 
 
 # By generation, as in `hybrid_dit.targets`.
-BLOCKS = {"v5e": Blocks(), "v5p": Blocks(), "v6e": Blocks(queries=2048, chunk=1024), "tpu7x": Blocks(chunk=1024)}
+BLOCKS = {
+    "v5e": Blocks(),
+    "v5p": Blocks(),
+    "v6e": Blocks(queries=2048, chunk=1024, back_rows=1024),
+    "tpu7x": Blocks(chunk=1024, back_rows=1024),
+}
 _KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
 
 

@@ -1,0 +1,145 @@
+"""The TPU kernels' gradients, interpreted on CPU: against the float64 oracle, and under JAX's transformations."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import test_hybrid as harness
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from test_hybrid import ODD, SPARSE, make_point
+from test_tpu_hybrid import QUICK, SMALL, TILED, shifted
+
+from hybrid_dit.ops.hybrid import attention
+from hybrid_dit.ops.kernels import tpu_hybrid
+from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
+
+hybrid = partial(AttentionSpec, "hybrid")
+
+
+def gradient(point, cotangent, spec, grid, interpret=True):
+    """Of the kernels, all tiles 128, and so 128 keys of S at a time."""
+    kernels = {"spec": spec, "grid": grid, "blocks": SMALL, "interpret": interpret}
+
+    def run(point, cotangent):
+        _, residuals = tpu_hybrid.forward_and_residuals(*point, **kernels)
+        return oracle.Point(*tpu_hybrid.backward(*point, residuals, cotangent, **kernels))
+
+    return jax.jit(run, compiler_options=QUICK)(point, cotangent)
+
+
+def cotangent_of(point):
+    return jnp.asarray(np.random.default_rng(1).standard_normal(point.q.shape), point.q.dtype)
+
+
+def errors(gradient, exact):
+    """By leaf: norm of the error over norm of what is right."""
+    leaves = zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(exact))
+    return {
+        jax.tree_util.keystr(path): np.linalg.norm(oracle.float64(g) - expected) / np.linalg.norm(expected)
+        for (path, g), expected in leaves
+    }
+
+
+def check(spec, grid, point, bound=1e-5, **kwargs):
+    cotangent = cotangent_of(point)
+    exact = oracle.gradient(oracle.float64(point), oracle.float64(cotangent), spec, grid)
+    found = errors(gradient(point, cotangent, spec, grid, **kwargs), exact)
+    assert len(found) == len(jax.tree.leaves(point)) and max(found.values()) <= bound, found
+
+
+CASES = [
+    (hybrid(2), (TILED, 2, 1, 2)),  # four tiles of queries, 200 keys of S in two passes, rows of S placed by the kernel
+    (hybrid(3, feature_map=FeatureMapSpec(activation="square")), (TILED, 3, 1, 1)),
+    (hybrid(4, "lattice", FeatureMapSpec(degree=3, layers=3, hidden=5, shared=True), "lse"), (TILED, 4, 2, 1)),
+    (hybrid(8, feature_map=FeatureMapSpec("elu")), SPARSE),
+    (AttentionSpec("linear", feature_map=FeatureMapSpec("hedgehog")), (TILED, 1, 1, 2)),
+    (AttentionSpec(), (TILED, 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("spec, shape", CASES, ids=harness.name_of)
+def test_gradients_match_the_oracle(spec, shape):
+    check(spec, shape[0], make_point(spec, shape))  # float32 is asked for 1e-5; 2e-6 is the worst found
+
+
+def test_the_oracle_agrees_with_its_own_finite_differences():
+    spec, shape = CASES[2][0], ODD
+    point = oracle.float64(make_point(spec, shape))
+    cotangent = np.random.default_rng(1).standard_normal(point.q.shape)
+    found = oracle.gradient(point, cotangent, spec, shape[0])
+    for leaf, error, size in harness.vjp_errors(point, cotangent, found, spec, shape[0]):
+        assert error <= 1e-8 * size, leaf  # the step's truncation is 1e-10
+
+
+@pytest.mark.parametrize("spec", [hybrid(4), AttentionSpec("linear"), AttentionSpec()], ids=harness.name_of)
+def test_bfloat16_is_no_worse_than_plain_xla(spec):
+    """By argument, as every leaf is a sum of some hundred rounded numbers; the margin (of the issue) is 1.5."""
+    shape = TILED, 4, 1, 2
+    point = make_point(spec, shape, jnp.bfloat16)
+    cotangent = cotangent_of(point)
+    exact = oracle.gradient(oracle.float64(point), oracle.float64(cotangent), spec, TILED)
+    plain = jax.jit(lambda p, g: jax.vjp(partial(attention, spec=spec, grid=TILED, backend="xla"), *p)[1](g))
+    ours, xla = gradient(point, cotangent, spec, TILED), oracle.Point(*plain(point, cotangent))
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(point)):
+        assert x.dtype == y.dtype
+    ours, xla = errors(ours, exact), errors(xla, exact)
+    for leaf in ours:
+        assert ours[leaf] <= 1.5 * xla[leaf], (leaf, ours, xla)
+
+
+HARD = [("equal", "max"), ("extreme", "max"), ("extreme", "lse"), ("rising", "lse")]
+
+
+@pytest.mark.parametrize("how, stabiliser", HARD)
+def test_hard_logits(how, stabiliser):
+    """Keys all equal, logits up to 1e4, and rows in which most of the softmax part underflows."""
+    spec, shape = hybrid(2, stabiliser=stabiliser, feature_map=FeatureMapSpec("elu")), (TILED, 2, 1, 1)
+    point = shifted(make_point(spec, shape), how)
+    # As in `test_hybrid.check`: an error of a logit is one of every weight, and so of the gradient.
+    check(spec, TILED, point, bound=4 * harness.roundings(spec, oracle.float64(point)) * harness.U32)
+
+
+def test_one_part_vanishes():
+    """Features that all underflow: nothing is divided by zero, alone or beside a softmax part."""
+    for kind in ("hybrid", "linear"):
+        spec = AttentionSpec(kind, 2)
+        point = make_point(spec, ODD)
+        for phi in point.phi.values():
+            phi["b1"] = jnp.full_like(phi["b1"], -200.0)
+        found = gradient(point, cotangent_of(point), spec, ODD[0])
+        assert not any(g.any() for g in jax.tree.leaves(found.phi))
+        assert kind == "hybrid" or not (found.q.any() or found.k.any() or found.v.any())
+        assert all(np.isfinite(g).all() for g in found[:3])
+
+
+@pytest.mark.parametrize("spec", [hybrid(2), AttentionSpec("linear")], ids=harness.name_of)
+def test_every_element_is_written_and_nothing_is_read_that_was_not(spec):
+    """Outputs, scratch memory and tiles past the end start as NaN here; one that is read or left shows."""
+    grid = (1, 7, 19)  # 133 tokens, two tiles
+    check(spec, grid, make_point(spec, (grid, 2, 1, 1)), interpret=pltpu.InterpretParams(uninitialized_memory="nan"))
+
+
+def test_under_checkpoint_vmap_and_shard_map():
+    """Two layers' worth of blocks with maps of their own, each over two devices by head: gradients of the XLA path."""
+    spec, grid = hybrid(2, "lattice"), ODD[0]
+    points = [make_point(spec, (grid, 2, 1, 2), seed=seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *points)
+    cotangent = jax.random.normal(jax.random.key(1), stacked.q.shape)
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("heads",))
+
+    def both(backend):
+        return jax.vmap(jax.checkpoint(partial(attention, spec=spec, grid=grid, backend=backend)))
+
+    tokens, maps = P(None, None, None, "heads"), P(None, "heads")
+    sharded = jax.shard_map(both("tpu"), mesh=mesh, in_specs=(tokens,) * 3 + (maps,), out_specs=tokens, check_vma=False)
+
+    def run(f):
+        return jax.jit(lambda p, g: jax.vjp(f, *p)[1](g), compiler_options=QUICK)(stacked, cotangent)
+
+    found = errors(run(sharded), oracle.float64(run(both("xla"))))
+    assert max(found.values()) <= 1e-5, found
