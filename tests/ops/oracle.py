@@ -6,6 +6,7 @@ is evaluated (and differentiated) by its registered JAX function in float64, so 
 never heard of.
 """
 
+import functools
 import math
 import types
 from pathlib import Path
@@ -176,20 +177,26 @@ def attention_tangent(point, direction, spec, grid):
     return (at(STEP) - at(-STEP)) / (2 * STEP)
 
 
-def gradient(point, cotangent, spec, grid):
-    """The VJP of attention, a `Point`, c_i held at its value: this module once more with jax.numpy, in float64."""
+@functools.cache
+def _pull(spec, grid):
+    """(point, c, cotangent) -> VJP of attention: this module once more, with jax.numpy."""
     twin = types.ModuleType("oracle_in_jax")
     exec(Path(__file__).read_text(), vars(twin))
     twin.np, twin.softmax_keys = jnp, softmax_keys
-    _, c = weights(point.q, point.k, *_maps(point, spec), spec, grid)
 
-    def y(point):
+    def y(point, c):
         w, _ = twin.weights(point.q, point.k, *twin._maps(point, spec), spec, grid, c)
         return twin._output(w, point.v)
 
+    pull = lambda point, c, cotangent: jax.vjp(lambda p: y(p, c), point)[1](cotangent)[0]  # noqa: E731
+    return jax.jit(pull, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def gradient(point, cotangent, spec, grid):
+    """The VJP of attention, a `Point`, c_i held at its value, by JAX in float64."""
+    _, c = weights(point.q, point.k, *_maps(point, spec), spec, grid)
     with jax.enable_x64(True):
-        pull = jax.jit(lambda p, g: jax.vjp(y, p)[1](g)[0], compiler_options={"xla_backend_optimization_level": 0})
-        return float64(pull(point, cotangent))
+        return float64(_pull(spec, grid)(point, c, cotangent))
 
 
 # RoPE

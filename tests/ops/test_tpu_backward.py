@@ -1,5 +1,6 @@
 """The TPU kernels' gradients, interpreted on CPU: against the float64 oracle, and under JAX's transformations."""
 
+import functools
 from functools import partial
 
 import jax
@@ -21,15 +22,16 @@ from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
 hybrid = partial(AttentionSpec, "hybrid")
 
 
-def gradient(point, cotangent, spec, grid, interpret=True):
-    """Of the kernels, all tiles 128, and so 128 keys of S at a time."""
+@functools.cache
+def compiled(spec, grid, interpret=True):
+    """(point, cotangent) -> gradient by the kernels, all tiles 128, and so 128 keys of S at a time."""
     kernels = {"spec": spec, "grid": grid, "blocks": SMALL, "interpret": interpret}
 
     def run(point, cotangent):
         _, residuals = tpu_hybrid.forward_and_residuals(*point, **kernels)
         return oracle.Point(*tpu_hybrid.backward(*point, residuals, cotangent, **kernels))
 
-    return jax.jit(run, compiler_options=QUICK)(point, cotangent)
+    return jax.jit(run, compiler_options=QUICK)
 
 
 def cotangent_of(point):
@@ -48,7 +50,7 @@ def errors(gradient, exact):
 def check(spec, grid, point, bound=1e-5, **kwargs):
     cotangent = cotangent_of(point)
     exact = oracle.gradient(oracle.float64(point), oracle.float64(cotangent), spec, grid)
-    found = errors(gradient(point, cotangent, spec, grid, **kwargs), exact)
+    found = errors(compiled(spec, grid, **kwargs)(point, cotangent), exact)
     assert len(found) == len(jax.tree.leaves(point)) and max(found.values()) <= bound, found
 
 
@@ -68,7 +70,7 @@ def test_gradients_match_the_oracle(spec, shape):
 
 
 def test_the_oracle_agrees_with_its_own_finite_differences():
-    spec, shape = CASES[2][0], ODD
+    spec, shape = CASES[2][0], ((2, 3, 3), 4, 1, 1)
     point = oracle.float64(make_point(spec, shape))
     cotangent = np.random.default_rng(1).standard_normal(point.q.shape)
     found = oracle.gradient(point, cotangent, spec, shape[0])
@@ -76,7 +78,7 @@ def test_the_oracle_agrees_with_its_own_finite_differences():
         assert error <= 1e-8 * size, leaf  # the step's truncation is 1e-10
 
 
-@pytest.mark.parametrize("spec", [hybrid(4), AttentionSpec("linear"), AttentionSpec()], ids=harness.name_of)
+@pytest.mark.parametrize("spec", [hybrid(4), AttentionSpec()], ids=harness.name_of)
 def test_bfloat16_is_no_worse_than_plain_xla(spec):
     """By argument, as every leaf is a sum of some hundred rounded numbers; the margin (of the issue) is 1.5."""
     shape = TILED, 4, 1, 2
@@ -84,7 +86,7 @@ def test_bfloat16_is_no_worse_than_plain_xla(spec):
     cotangent = cotangent_of(point)
     exact = oracle.gradient(oracle.float64(point), oracle.float64(cotangent), spec, TILED)
     plain = jax.jit(lambda p, g: jax.vjp(partial(attention, spec=spec, grid=TILED, backend="xla"), *p)[1](g))
-    ours, xla = gradient(point, cotangent, spec, TILED), oracle.Point(*plain(point, cotangent))
+    ours, xla = compiled(spec, TILED)(point, cotangent), oracle.Point(*plain(point, cotangent))
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(point)):
         assert x.dtype == y.dtype
     ours, xla = errors(ours, exact), errors(xla, exact)
@@ -104,28 +106,29 @@ def test_hard_logits(how, stabiliser):
     check(spec, TILED, point, bound=4 * harness.roundings(spec, oracle.float64(point)) * harness.U32)
 
 
-def test_one_part_vanishes():
-    """Features that all underflow: nothing is divided by zero, alone or beside a softmax part."""
-    for kind in ("hybrid", "linear"):
-        spec = AttentionSpec(kind, 2)
-        point = make_point(spec, ODD)
-        for phi in point.phi.values():
-            phi["b1"] = jnp.full_like(phi["b1"], -200.0)
-        found = gradient(point, cotangent_of(point), spec, ODD[0])
-        assert not any(g.any() for g in jax.tree.leaves(found.phi))
-        assert kind == "hybrid" or not (found.q.any() or found.k.any() or found.v.any())
-        assert all(np.isfinite(g).all() for g in found[:3])
+@pytest.mark.parametrize("spec", [CASES[0][0], AttentionSpec("linear")], ids=harness.name_of)
+def test_features_underflow(spec):
+    """Nothing is divided by zero, beside a softmax part or alone."""
+    point = make_point(spec, CASES[0][1])
+    for phi in point.phi.values():
+        phi["b1"] = jnp.full_like(phi["b1"], -200.0)
+    found = compiled(spec, TILED)(point, cotangent_of(point))
+    assert not any(g.any() for g in jax.tree.leaves(found.phi))
+    if spec.kind == "linear":
+        assert not (found.q.any() or found.k.any() or found.v.any())
+    else:
+        exact = oracle.gradient(oracle.float64(point), oracle.float64(cotangent_of(point)), spec, TILED)
+        assert max(errors(found[:3], exact[:3]).values()) <= 1e-5
 
 
-@pytest.mark.parametrize("spec", [hybrid(2), AttentionSpec("linear")], ids=harness.name_of)
-def test_every_element_is_written_and_nothing_is_read_that_was_not(spec):
+def test_every_element_is_written_and_nothing_is_read_that_was_not():
     """Outputs, scratch memory and tiles past the end start as NaN here; one that is read or left shows."""
-    grid = (1, 7, 19)  # 133 tokens, two tiles
+    spec, grid = hybrid(2), (1, 7, 19)  # 133 tokens, two tiles
     check(spec, grid, make_point(spec, (grid, 2, 1, 1)), interpret=pltpu.InterpretParams(uninitialized_memory="nan"))
 
 
 def test_under_checkpoint_vmap_and_shard_map():
-    """Two layers' worth of blocks with maps of their own, each over two devices by head: gradients of the XLA path."""
+    """Blocks with maps of their own, as distillation runs them, each over two devices by head; the XLA path agrees."""
     spec, grid = hybrid(2, "lattice"), ODD[0]
     points = [make_point(spec, (grid, 2, 1, 2), seed=seed) for seed in (0, 1)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *points)
@@ -139,7 +142,11 @@ def test_under_checkpoint_vmap_and_shard_map():
     sharded = jax.shard_map(both("tpu"), mesh=mesh, in_specs=(tokens,) * 3 + (maps,), out_specs=tokens, check_vma=False)
 
     def run(f):
-        return jax.jit(lambda p, g: jax.vjp(f, *p)[1](g), compiler_options=QUICK)(stacked, cotangent)
+        def values_and_gradients(point, cotangent):
+            y, pull = jax.vjp(f, *point)
+            return y, pull(cotangent)
+
+        return jax.jit(values_and_gradients, compiler_options=QUICK)(stacked, cotangent)
 
     found = errors(run(sharded), oracle.float64(run(both("xla"))))
-    assert max(found.values()) <= 1e-5, found
+    assert len(found) == 12 and max(found.values()) <= 1e-5, found
