@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from test_hybrid import ODD, SPARSE, make_point
 from test_tpu_hybrid import QUICK, SMALL, TILED, shifted
 
+from hybrid_dit.ops import feature_maps
 from hybrid_dit.ops.hybrid import attention
 from hybrid_dit.ops.kernels import tpu_hybrid
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
@@ -150,3 +151,14 @@ def test_under_checkpoint_vmap_and_shard_map():
 
     found = errors(run(sharded), oracle.float64(run(both("xla"))))
     assert len(found) == 12 and max(found.values()) <= 1e-5, found
+
+
+@pytest.mark.parametrize("width", [128, 6])
+def test_heads_that_a_tpu_does_not_take_run_on_xla(width):
+    """What a program for a TPU would run, forward and backward, read off the lowered program."""
+    spec, grid = hybrid(2), (2, 8, 16)
+    x = jax.ShapeDtypeStruct((1, 256, 1, width), jnp.bfloat16)
+    phi = jax.eval_shape(lambda: feature_maps.init(jax.random.key(0), 1, width, spec.feature_map))
+    f = partial(attention, spec=spec, grid=grid, backend="tpu")
+    program = jax.jit(lambda *args: jax.vjp(f, *args)[1](args[0])).trace(x, x, x, phi)
+    assert program.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == (4 if width == 128 else 0)

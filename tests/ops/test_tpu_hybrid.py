@@ -129,14 +129,19 @@ def test_tiles_cover_all_rows_without_a_tile_to_spare(n, size, multiple):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "tpu7x"])
-def test_compiles_for_tpus_at_full_size(target, tmp_path):
+def test_compiles_for_tpus_at_full_size(target, direction, tmp_path):
     """With libtpu: N = 32,760 at R = 8, default tile sizes, within the memory that the kernels ask for."""
     script = Path(__file__).parents[2] / "benchmarks" / "tpu_schedule.py"
     command = [sys.executable, script, "--targets", target, "--labels", "R8", "--out", tmp_path]
+    command += ["--direction", direction]
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    (row,) = json.loads((tmp_path / "forward.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / f"{direction}.json").read_text())["rows"]
     assert "error" not in row
-    if row["bound"]:  # schedules are deterministic; 0.99 (v5e) to 1.18 (v6e) was measured
+    # Schedules are deterministic; the largest of what was measured (v6e both times), and a little.
+    if row["bound"] and direction == "forward":
         assert row["over_splash_and_linear_bound"] <= 1.2
+    elif row["bound"]:
+        assert row["over_bound"] <= BACKWARD
