@@ -29,6 +29,7 @@ from hybrid_dit.ops.kernels.tpu_blocks import (
     ONES,
     TINY,
     compiler_params,
+    in_hbm,
     in_linear,
     per_head,
     per_video_and_head,
@@ -119,7 +120,7 @@ def _queries(rows, stats, softmax, params, sums, heads, blocks, interpret, spec,
         compiler_params=compiler_params(blocks.back_vmem, "parallel", "parallel", "arbitrary", "arbitrary"),
         interpret=interpret,
         name="hybrid_back_queries",
-    )(rows, stats, softmax, params, sums)
+    )(rows, stats, in_hbm(softmax, interpret), params, sums)
     return dq, dkeys, dstate[0] if sums else (), dparams
 
 
@@ -288,7 +289,7 @@ def keys(k, v, softmax_grads, params, state_grads, heads, spec, grid, blocks, in
         compiler_params=compiler_params(blocks.back_vmem, "parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="hybrid_back_keys",
-    )(k, v, params, state_grads, given)
+    )(k, v, params, state_grads, in_hbm(given, interpret))
     if softmax_grads and not inside:
         dk, dv = (_placed(x, y, spec, grid) for x, y in zip((dk, dv), softmax_grads))
     return dk, dv, jax.tree.map(lambda x: x.sum(axis=0), dparams)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hybrid_dit.array_typing import Array
+from hybrid_dit.array_typing import Array, PyTree
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid
 
@@ -51,7 +51,7 @@ class Blocks:
 BLOCKS = {
     "v5e": Blocks(),
     "v5p": Blocks(),
-    "v6e": Blocks(queries=2048, chunk=1024, back_rows=1024),
+    "v6e": Blocks(state=2048, queries=2048, keys=4096, chunk=1024, back_rows=1024),
     "tpu7x": Blocks(chunk=1024, back_rows=1024),
 }
 _KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
@@ -86,6 +86,25 @@ def per_video_and_head(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
 def compiler_params(vmem: int, *semantics: str) -> pltpu.CompilerParams:
     """Of a kernel that may use so many MiB of fast memory, on a grid with these semantics."""
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem * 2**20)
+
+
+@jax.custom_batching.custom_vmap
+def _in_hbm(x):
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
+@_in_hbm.def_vmap
+def _(size, batched, x):  # the primitive has no rule of its own
+    del size
+    return _in_hbm(x), batched[0]
+
+
+def in_hbm(tree: PyTree, interpret: object) -> PyTree:
+    """Operands that are read tile by tile, kept in the TPU's main memory.
+
+    XLA would put small ones into fast memory, where a tile is then copied by instructions and not beside them.
+    """
+    return tree if interpret else jax.tree.map(_in_hbm, tree)
 
 
 def zeros_past_end(x: Array, start: Array, n: int, used: int) -> Array:

@@ -19,6 +19,7 @@ from hybrid_dit.ops.kernels.tpu_blocks import (
     ONES,
     TINY,
     compiler_params,
+    in_hbm,
     in_linear,
     per_head,
     per_video_and_head,
@@ -121,7 +122,7 @@ def outputs(q, softmax, params, sums, heads, spec, blocks, interpret, keep):
         compiler_params=compiler_params(blocks.vmem, "parallel", "parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="hybrid_outputs",
-    )(q, softmax, params, sums)
+    )(q, in_hbm(softmax, interpret), params, sums)
     return out if keep else (*out, None)
 
 
