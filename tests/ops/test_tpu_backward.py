@@ -155,10 +155,11 @@ def test_under_checkpoint_vmap_and_shard_map():
 
 @pytest.mark.parametrize("width", [128, 6])
 def test_heads_that_a_tpu_does_not_take_run_on_xla(width):
-    """What a program for a TPU would run, forward and backward, read off the lowered program."""
+    """What a TPU would run, forward and backward (of two blocks at once), read off the lowered program."""
     spec, grid = hybrid(2), (2, 8, 16)
-    x = jax.ShapeDtypeStruct((1, 256, 1, width), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, 1, 256, 1, width), jnp.bfloat16)
     phi = jax.eval_shape(lambda: feature_maps.init(jax.random.key(0), 1, width, spec.feature_map))
-    f = partial(attention, spec=spec, grid=grid, backend="tpu")
+    phi = jax.tree.map(lambda p: jax.ShapeDtypeStruct((2, *p.shape), p.dtype), phi)
+    f = jax.vmap(partial(attention, spec=spec, grid=grid, backend="tpu"))
     program = jax.jit(lambda *args: jax.vjp(f, *args)[1](args[0])).trace(x, x, x, phi)
     assert program.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == (4 if width == 128 else 0)
