@@ -48,16 +48,21 @@ def errors(gradient, exact):
     }
 
 
+def worst(errors):
+    """The largest; NaN, which `max` may pass over, if there is one."""
+    return np.max(list(errors.values()))
+
+
 def check(spec, grid, point, bound=1e-5, **kwargs):
     cotangent = cotangent_of(point)
     exact = oracle.gradient(oracle.float64(point), oracle.float64(cotangent), spec, grid)
     found = errors(compiled(spec, grid, **kwargs)(point, cotangent), exact)
-    assert len(found) == len(jax.tree.leaves(point)) and max(found.values()) <= bound, found
+    assert len(found) == len(jax.tree.leaves(point)) and worst(found) <= bound, found
 
 
 CASES = [
     (hybrid(2), (TILED, 2, 1, 2)),  # four tiles of queries, 200 keys of S in two passes, rows of S placed by the kernel
-    (hybrid(3, feature_map=FeatureMapSpec(activation="square")), (TILED, 3, 1, 1)),
+    (hybrid(3, feature_map=FeatureMapSpec("elu")), (TILED, 3, 1, 1)),
     (hybrid(4, "lattice", FeatureMapSpec(degree=3, layers=3, hidden=5, shared=True), "lse"), (TILED, 4, 2, 1)),
     (hybrid(8, feature_map=FeatureMapSpec("elu")), SPARSE),
     (AttentionSpec("linear", feature_map=FeatureMapSpec("hedgehog")), (TILED, 1, 1, 2)),
@@ -94,7 +99,7 @@ def test_bfloat16_is_no_worse_than_plain_xla(spec):
         assert ours[leaf] <= 1.5 * plain[leaf], (leaf, ours, plain)
 
 
-HARD = [("equal", "max"), ("extreme", "max"), ("extreme", "lse"), ("rising", "lse")]
+HARD = [("equal", "max"), ("low", "max"), ("extreme", "max"), ("extreme", "lse"), ("rising", "lse")]
 
 
 @pytest.mark.parametrize("how, stabiliser", HARD)
@@ -126,10 +131,10 @@ def test_features_underflow(spec):
         point.phi["q"]["b1"], point.phi["k"]["b1"] = (jnp.full_like(phi["b1"], x) for x in (-53.0, 0.2))
         cotangent = cotangent_of(point)
         expected = oracle.float64(xla(spec, TILED)(point, cotangent))
-        assert max(errors(compiled(spec, TILED)(point, cotangent), expected).values()) <= 1e-5
+        assert worst(errors(compiled(spec, TILED)(point, cotangent), expected)) <= 1e-5
     else:
         exact = oracle.gradient(oracle.float64(point), oracle.float64(cotangent_of(point)), spec, TILED)
-        assert max(errors(found[:3], exact[:3]).values()) <= 1e-5
+        assert worst(errors(found[:3], exact[:3])) <= 1e-5
 
 
 def test_every_element_is_written_and_nothing_is_read_that_was_not():
@@ -160,7 +165,7 @@ def test_under_checkpoint_vmap_and_shard_map():
         return jax.jit(values_and_gradients, compiler_options=QUICK)(stacked, cotangent)
 
     found = errors(run(sharded), oracle.float64(run(both("xla"))))
-    assert len(found) == 12 and max(found.values()) <= 1e-5, found
+    assert len(found) == 12 and worst(found) <= 1e-5, found
 
 
 @pytest.mark.parametrize("width", [128, 6])

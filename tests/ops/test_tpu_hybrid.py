@@ -77,10 +77,12 @@ def test_bfloat16_is_no_worse_than_plain_xla(spec):
 
 
 def shifted(point, how):
-    """Keys that make softmax hard: logits up to 1e4 in size, rising from tile to tile, or all equal."""
+    """Keys that make softmax hard: logits up to 1e4 in size, rising from tile to tile, all equal, or all below -100."""
     scale = (1e4 * D**0.5 / np.abs(np.einsum("bnhd,bmhd->bhnm", point.q, point.k)).max()) ** 0.5
     if how == "equal":
         return point._replace(k=jnp.broadcast_to(point.k[:, :1], point.k.shape))
+    if how == "low":  # exp(−c) overflows
+        return point._replace(q=jnp.abs(point.q) + 1, k=-100 * (jnp.abs(point.k) + 1))
     if how == "extreme":
         return point._replace(q=point.q * scale, k=point.k * scale)
     # Rising: every later key's logit is larger for queries of one sign (what was summed before underflows) and smaller
@@ -140,8 +142,8 @@ def test_compiles_for_tpus_at_full_size(target, direction, tmp_path):
     subprocess.run(command, env=environment, check=True, capture_output=True)
     (row,) = json.loads((tmp_path / f"{direction}.json").read_text())["rows"]
     assert "error" not in row
-    # Schedules are deterministic; the largest of what was measured (v6e both times), and a little.
+    # Schedules are deterministic: what was measured, and a little.
     if row["bound"] and direction == "forward":
-        assert row["over_splash_and_linear_bound"] <= 1.2
+        assert row["over_splash_and_linear_bound"] <= 1.15
     elif row["bound"]:
-        assert row["over_bound"] <= BACKWARD
+        assert row["over_bound"] <= (1.7 if target == "v6e" else 1.05)
