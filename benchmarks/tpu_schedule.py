@@ -1,6 +1,7 @@
-"""Compiles the fused TPU forward for TPUs that are not here; counts its bundles beside those of JAX's splash attention.
+"""Compiles the fused TPU kernels for TPUs that are not here; counts their bundles beside those of splash attention.
 
     python benchmarks/tpu_schedule.py --out docs/results/tpu      # needs hybrid_dit[tpu]; 20 minutes on two cores
+    python benchmarks/tpu_schedule.py --direction backward --out docs/results/tpu          # 30 minutes
     python benchmarks/tpu_schedule.py --targets v5e --labels R8 --keys 1024       # a part, or other tile sizes
 
 One video of Wan2.1 1.3B at 480x832x81: 32,760 tokens, 12 heads of 128, bfloat16, poly feature maps (P = 2, two layers).
@@ -8,16 +9,22 @@ Every program is compiled in a process of its own, which makes the compiler writ
 are counted in the text. A bundle takes a cycle unless it waits for memory or a unit, so this compares programs and
 is no time. A core's bundles are those of the grid loop times its steps: everything in the loop is counted at every step
 (also what is branched over in most of them, which is a bit too much), but for the stretch after the largest one, the
-epilogue, counted once per tile of queries. Splash attention is counted by the same rule. What XLA does around a kernel
-(strided slices, a change of layout) is not counted.
+epilogue, counted once per tile of queries. Splash attention is counted by the same rule. In the backward kernel of
+queries the two largest stretches are a step and the epilogue; of the others, short ones (under 64) are counted at every
+step and long ones (the prologue, and what happens once a head) once per tile. What XLA does around a kernel (strided
+slices, a change of layout) is not counted.
 
 Bound of the matrix unit: a product [t, i] x [i, o] keeps a unit of U x U busy for t·⌈i/U⌉·⌈o/U⌉·U² multiply-adds, so
-heads of 128 half fill a unit of 256. Rates per core from the published peak and clock: v5e 197 TFLOP/s at 1.5 GHz,
+heads of 128 half fill a unit of 256. Forward, tokens are the rows t. Backward, each product is taken the way round that
+is cheaper: five products of N x N/R for S (scores, their cotangents, dq, dk, dv), and for queries and for keys the two
+layers of φ again, their four products back, and two with state or state's gradient (φ's cotangent, and what is summed
+into the state's gradient, or dv). Rates per core from the published peak and clock: v5e 197 TFLOP/s at 1.5 GHz,
 v5p 459 at 1.75 on two cores, v6e 918 at 1.75. The clock of tpu7x is not published: no bound.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -37,6 +44,7 @@ from hybrid_dit import targets
 from hybrid_dit.atomic import write_json
 from hybrid_dit.ops import feature_maps
 from hybrid_dit.ops.kernels import tpu_hybrid
+from hybrid_dit.ops.kernels.tpu_blocks import BLOCKS, LANES, Blocks, tiles
 from hybrid_dit.ops.spec import AttentionSpec, from_label
 
 GRID, HEADS, DIM = (21, 30, 52), 12, 128
@@ -53,13 +61,18 @@ BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:((?: >)*)")
 # In the child: compile
 
 
-def hybrid(spec: AttentionSpec, blocks: tpu_hybrid.Blocks, place) -> jax.stages.Lowered:
-    """The whole op at full size."""
+def hybrid(spec: AttentionSpec, blocks: Blocks, place, direction: str) -> jax.stages.Lowered:
+    """The whole op at full size, forward or backward."""
     x = jax.ShapeDtypeStruct((1, N, HEADS, DIM), jnp.bfloat16, sharding=place)
     phi = jax.eval_shape(lambda: feature_maps.init(jax.random.key(0), HEADS, DIM, spec.feature_map))
-    phi = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), phi)
-    f = lambda *args: tpu_hybrid.forward(*args, spec=spec, grid=GRID, blocks=blocks)  # noqa: E731
-    return jax.jit(f).lower(x, x, x, phi)
+    settings = {"spec": spec, "grid": GRID, "blocks": blocks}
+    if direction == "forward":
+        f, args = tpu_hybrid.forward, (x, x, x, phi)
+    else:
+        kept = jax.eval_shape(functools.partial(tpu_hybrid.forward_and_residuals, **settings), x, x, x, phi)[1]
+        f, args = tpu_hybrid.backward, (x, x, x, phi, kept, x)
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), args)
+    return jax.jit(functools.partial(f, **settings)).lower(*args)
 
 
 def splash(rate: int, blocks: tuple[int, int, int], place) -> jax.stages.Lowered:
@@ -81,7 +94,8 @@ def child(request: dict) -> None:
     if request["what"] == "splash":
         lowered = splash(request["rate"], tuple(request["blocks"]), place)
     else:
-        lowered = hybrid(from_label(request["label"]), tpu_hybrid.Blocks(**request["blocks"]), place)
+        blocks = Blocks(**request["blocks"])
+        lowered = hybrid(from_label(request["label"]), blocks, place, request["direction"])
     start = time.time()
     try:
         compiled = lowered.compile()
@@ -110,8 +124,11 @@ def compile_in_child(request: dict) -> dict:
         report = json.loads(done.stdout.splitlines()[-1])
         files = [f for f in Path(folder).glob("*-final_bundles.txt") if "schedule-analysis" not in f.name]
         # 1795623449803935839-hybrid_outputs.1-72-final_bundles.txt
-        names = {f: re.match(r"\d+-(hybrid_\w+|splash\w+)", f.name) for f in files}
-        report["kernels"] = {match[1]: stretches(f) for f, match in names.items() if match}
+        names = {f: re.match(r"\d+-((?:hybrid_|splash)\w+)(\.\d+)?", f.name) for f in files}
+        found = [(match[1], stretches(f)) for f, match in names.items() if match]
+        report["kernels"] = {name: kernel for name, kernel in found if "queries" not in name}
+        if passes := [kernel for name, kernel in found if "queries" in name]:  # more than one if S's keys don't fit
+            report["kernels"]["hybrid_back_queries"] = sorted(passes, key=sum, reverse=True)
     return report
 
 
@@ -138,26 +155,44 @@ def stretches(file: Path) -> list[int]:
     return [size for size in out if size]
 
 
-def count(kernel: list[int], steps: int, tiles: int) -> int:
-    """Bundles of a whole kernel whose epilogue, if tiles < steps, is entered once per tile of queries."""
-    epilogue = kernel[kernel.index(max(kernel)) + 1] if tiles < steps else 0
-    return (sum(kernel) - epilogue) * steps + epilogue * tiles
+def count(kernel: list[int], steps: int, rows: int) -> int:
+    """Bundles of a whole kernel whose epilogue, if rows < steps, is entered once per tile of queries."""
+    epilogue = kernel[kernel.index(max(kernel)) + 1] if rows < steps else 0
+    return (sum(kernel) - epilogue) * steps + epilogue * rows
 
 
-def bundles(report: dict, label: str, blocks: dict) -> dict:
-    """Bundles of both kernels."""
-    queries, _ = tpu_hybrid._tiles(N, blocks["queries"], 16)
-    out = {"outputs": 0, "state": 0}
+def backward_bundles(report: dict, label: str, blocks: dict) -> dict:
+    """Bundles of both backward kernels; the pass with the linear part is the first and the longest."""
+    queries = HEADS * tiles(N, blocks["back_queries"], LANES)[0]
     keys = 0 if label == "linear" else -(-N // int(label[1:]))
-    steps = tpu_hybrid._tiles(keys, blocks["keys"], tpu_hybrid.LANES)[0] if keys else 1
-    out["outputs"] = count(report["kernels"]["hybrid_outputs"], HEADS * queries * steps, HEADS * queries)
-    if "hybrid_state" in report["kernels"]:
-        tiles, _ = tpu_hybrid._tiles(N, blocks["state"], tpu_hybrid.LANES)
-        out["state"] = count(report["kernels"]["hybrid_state"], HEADS * tiles, HEADS * tiles)
+    linear = "hybrid_back_keys" in report["kernels"]
+    out = {"queries": 0, "keys": 0}
+    for i, kernel in enumerate(report["kernels"]["hybrid_back_queries"]):
+        here = min(blocks["back_span"], keys - i * blocks["back_span"])
+        steps = tiles(here, blocks["back_keys"], LANES)[0] if keys else 1
+        largest = sorted(range(len(kernel)), key=kernel.__getitem__)[-2 if linear and keys and i == 0 else -1 :]
+        step = kernel[min(largest)] + sum(size for size in kernel if size < 64)
+        out["queries"] += queries * (step * steps + sum(kernel) - step)
+    if linear:
+        multiple = math.lcm(LANES, 8 * int(label[1:])) if keys else LANES
+        out["keys"] = HEADS * tiles(N, blocks["back_linear"], multiple)[0] * sum(report["kernels"]["hybrid_back_keys"])
     return out
 
 
-def matrix_bound(target: str, label: str) -> dict[str, float] | None:
+def bundles(report: dict, label: str, blocks: dict) -> dict:
+    """Bundles of both forward kernels."""
+    queries, _ = tiles(N, blocks["queries"], 16)
+    out = {"outputs": 0, "state": 0}
+    keys = 0 if label == "linear" else -(-N // int(label[1:]))
+    steps = tiles(keys, blocks["keys"], LANES)[0] if keys else 1
+    out["outputs"] = count(report["kernels"]["hybrid_outputs"], HEADS * queries * steps, HEADS * queries)
+    if "hybrid_state" in report["kernels"]:
+        steps = HEADS * tiles(N, blocks["state"], LANES)[0]
+        out["state"] = count(report["kernels"]["hybrid_state"], steps, steps)
+    return out
+
+
+def matrix_bound(target: str, label: str, direction: str) -> dict[str, float] | None:
     """Bundles that the matrix unit needs for the softmax and for the linear part."""
     if target not in UNIT:
         return None
@@ -168,6 +203,15 @@ def matrix_bound(target: str, label: str) -> dict[str, float] | None:
 
     keys = 0 if label == "linear" else math.ceil(N / int(label[1:]))
     features = 2 * DIM
+    if direction == "backward":
+        either = lambda x, inner, y: min(product(x, inner, y), product(y, inner, x))  # noqa: E731
+        softmax = 2 * either(N, DIM, keys) + either(N, keys, DIM) + 2 * either(keys, N, DIM)
+        again = either(N, DIM, features) + either(N, features, features)
+        back = either(N, features, features) + either(features, N, features)
+        back += either(N, features, DIM) + either(DIM, N, features)
+        state = 2 * either(N, DIM, features) + either(DIM, N, features) + either(N, features, DIM)
+        linear = 2 * (again + back) + state
+        return {"softmax": HEADS * softmax, "linear": 0.0 if label == "R1" else HEADS * linear}
     softmax = product(N, DIM, keys) + product(N, keys, DIM)
     maps = product(N, DIM, features) + product(N, features, features)
     linear = 2 * maps + product(DIM, N, features) + product(N, features, DIM)
@@ -188,78 +232,81 @@ def best_splash(target: str, rate: int, cache: dict) -> tuple[int, tuple] | None
         if "error" in report:
             continue
         (kernel,) = report["kernels"].values()
-        tiles = HEADS * math.ceil(N / blocks[0])
-        found.append((count(kernel, tiles * math.ceil(math.ceil(N / rate) / blocks[1]), tiles), blocks))
+        rows = HEADS * math.ceil(N / blocks[0])
+        found.append((count(kernel, rows * math.ceil(math.ceil(N / rate) / blocks[1]), rows), blocks))
     return min(found) if found else None
 
 
-def measure(target: str, label: str, changes: dict, cache: dict) -> dict:
+def measure(target: str, label: str, direction: str, changes: dict, cache: dict) -> dict:
     """One row of the table."""
-    blocks = {**dataclasses.asdict(tpu_hybrid.BLOCKS[target]), **changes}
-    report = compile_in_child({"what": "hybrid", "target": target, "label": label, "blocks": blocks})
+    blocks = {**dataclasses.asdict(BLOCKS[target]), **changes}
+    request = {"what": "hybrid", "target": target, "label": label, "blocks": blocks, "direction": direction}
+    report = compile_in_child(request)
     row = {"target": target, "label": label, "blocks": blocks, **report}
     if "error" in report:
         return row
-    row["bundles"] = bundles(report, label, blocks)
-    row["bound"] = matrix_bound(target, label)
+    row["bundles"] = (bundles if direction == "forward" else backward_bundles)(report, label, blocks)
+    row["bound"] = matrix_bound(target, label, direction)
     total = sum(row["bundles"].values())
     if row["bound"]:
         row["over_bound"] = total / sum(row["bound"].values())
-    if label != "linear" and (best := best_splash(target, int(label[1:]), cache)):
+    if direction == "forward" and label != "linear" and (best := best_splash(target, int(label[1:]), cache)):
         row["splash"] = {"bundles": best[0], "blocks": best[1]}
         if row["bound"]:
             row["over_splash_and_linear_bound"] = total / (best[0] + row["bound"]["linear"])
     return row
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], direction: str) -> str:
     """Markdown; millions of bundles."""
-    lines = [
-        "| target | attention | compile, s | temp HBM, MiB | state | outputs | total | bound | total / bound "
-        "| splash | total / (splash + linear bound) |",
-        "|" + "---|" * 11,
-    ]
+    forward = direction == "forward"
+    kernels = ("state", "outputs") if forward else ("queries", "keys")
+    titles = ["target", "attention", "compile, s", "temp HBM, MiB", *kernels, "total", "bound", "total / bound"]
+    titles += ["splash", "total / (splash + linear bound)"] if forward else []
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for r in rows:
         if "error" in r:
             lines.append(f"| {r['target']} | {r['label']} | does not compile: {r['error'].splitlines()[0][:100]} |")
             continue
         million = lambda x: f"{x / 1e6:.2f}"  # noqa: E731
         cells = [r["target"], r["label"], r["compile_s"], r["temp_mib"]]
-        cells += [million(x) for x in (r["bundles"]["state"], r["bundles"]["outputs"], sum(r["bundles"].values()))]
+        cells += [million(x) for x in (*(r["bundles"][name] for name in kernels), sum(r["bundles"].values()))]
         cells += [million(sum(r["bound"].values())), f"{r['over_bound']:.2f}"] if r["bound"] else ["–", "–"]
-        cells.append(million(r["splash"]["bundles"]) if "splash" in r else "–")
-        ratio = r.get("over_splash_and_linear_bound")
-        cells.append(f"{ratio:.2f}" if ratio else "–")
+        if forward:
+            cells.append(million(r["splash"]["bundles"]) if "splash" in r else "–")
+            ratio = r.get("over_splash_and_linear_bound")
+            cells.append(f"{ratio:.2f}" if ratio else "–")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
 def main():
-    """Compiles everything asked for, prints a table and writes it to OUT/forward.json."""
+    """Compiles everything asked for, prints a table and writes it to OUT/DIRECTION.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument("--direction", choices=("forward", "backward"), default="forward")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    for field in dataclasses.fields(tpu_hybrid.Blocks):
+    for field in dataclasses.fields(Blocks):
         parser.add_argument(f"--{field.name}", type=int, help="instead of the table's")
     args = parser.parse_args()
     if args.child:
         child(json.loads(args.child))
         return
-    changes = {f.name: getattr(args, f.name) for f in dataclasses.fields(tpu_hybrid.Blocks)}
+    changes = {f.name: getattr(args, f.name) for f in dataclasses.fields(Blocks)}
     changes = {name: value for name, value in changes.items() if value}
     rows, cache = [], {}
     for target in args.targets:
         for label in args.labels:
-            rows.append(measure(target, label, changes, cache))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
-    print("\n" + table(rows))
+            rows.append(measure(target, label, args.direction, changes, cache))
+            print(table(rows[-1:], args.direction).splitlines()[-1], flush=True)
+    print("\n" + table(rows, args.direction))
     if args.out:
         from importlib.metadata import version
 
         machine = f"{platform.machine()}, {os.cpu_count()} cores; jax {jax.__version__}, libtpu {version('libtpu')}"
-        write_json(args.out / "forward.json", {"machine": machine, "rows": rows})
+        write_json(args.out / f"{args.direction}.json", {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Hybrid softmax/linear attention (paper Eq. 5) and the one dispatcher over attention kinds."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -41,7 +40,7 @@ def attention(
     """
     chosen = backends.choose(backend, spec, q.shape[-1], q.dtype)
     if chosen == "tpu":
-        return _on_tpu(q, k, v, phi, spec, grid)
+        return tpu_hybrid.attention(ATTENTIONS[spec.kind], q, k, v, phi, spec, grid)
     if chosen == "gpu":
         return gpu_hybrid.attention(q, k, v, phi, spec=spec, grid=grid)
     return ATTENTIONS[spec.kind](q, k, v, phi, spec, grid)
@@ -122,20 +121,3 @@ def _mixed(q, k, v, phi, spec, grid):
 
 
 ATTENTIONS: dict[str, Callable] = {"softmax": _softmax, "hybrid": _mixed, "linear": _mixed}
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _on_tpu(q, k, v, phi, spec, grid):
-    """The fused forward where the program is for a TPU; elsewhere the same kernels interpreted, which is slow."""
-    kernels = functools.partial(tpu_hybrid.forward, spec=spec, grid=grid)
-    xla = lambda *args: ATTENTIONS[spec.kind](*args, spec, grid)  # noqa: E731
-    compiled = kernels if tpu_hybrid.aligned(q.shape[-1]) else xla
-    return jax.lax.platform_dependent(q, k, v, phi, tpu=compiled, default=functools.partial(kernels, interpret=True))
-
-
-def _on_tpu_backward(spec, grid, inputs, cotangent):
-    """The gradient of the XLA path, which recomputes its forward: nothing but q, k, v, φ is kept. Not fused."""
-    return jax.vjp(lambda *args: ATTENTIONS[spec.kind](*args, spec, grid), *inputs)[1](cotangent)
-
-
-_on_tpu.defvjp(lambda *args: (_on_tpu(*args), args[:4]), _on_tpu_backward)

@@ -1,14 +1,19 @@
 """Attention by definition, in float64 NumPy: N×N weights, loops over tokens, nothing shared with the code under test.
 
-Also the directional derivative of the whole, with c_i held fixed as the method defines it: values at a point plus and
-minus a small step. A feature map without a NumPy twin here is evaluated (and differentiated) by its registered JAX
-function in float64, so that the harness covers maps it has never heard of.
+Also derivatives of the whole, with c_i held fixed as the method defines it: a directional one, from values at a point
+plus and minus a small step, and all of them, by JAX from the same definition. A feature map without a NumPy twin here
+is evaluated (and differentiated) by its registered JAX function in float64, so that the harness covers maps it has
+never heard of.
 """
 
+import functools
 import math
+import types
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hybrid_dit.ops import feature_maps
@@ -45,6 +50,13 @@ def softmax_rows(grid, rate, pattern):
     frames, rows, cols = grid
     cells = [(f, r, c) for f in range(frames) for r in range(rows) for c in range(cols)]
     return np.array([is_softmax_token(*cell, grid, rate, pattern) for cell in cells])
+
+
+def softmax_keys(spec, grid, n):
+    """One bool per key: does attention of this kind have it in S?"""
+    if spec.kind == "hybrid":
+        return softmax_rows(grid, spec.rate, spec.pattern)
+    return np.full(n, spec.kind == "softmax")
 
 
 # Feature maps: (params of one map, x [b, n, h, d], spec) -> [b, n, h, f]
@@ -112,19 +124,16 @@ def weights(q, k, phi_q, phi_k, spec, grid, c=None):
     c is computed unless given: a derivative holds it at its value in the unperturbed point.
     """
     s = np.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(q.shape[-1])
-    if spec.kind == "hybrid":
-        in_s = softmax_rows(grid, spec.rate, spec.pattern)
-    else:
-        in_s = np.full(k.shape[1], spec.kind == "softmax")
+    in_s = softmax_keys(spec, grid, k.shape[1])
     w = np.zeros_like(s)
     if in_s.any():
         if c is None:
             c = s[..., in_s].max(-1, keepdims=True)
             if spec.stabiliser == "lse":
                 c = c + np.log(np.exp(s[..., in_s] - c).sum(-1, keepdims=True))
-        w[..., in_s] = np.exp(s[..., in_s] - c)
+        w = np.exp(np.where(in_s, s - c, -np.inf))
     if not in_s.all():
-        w[..., ~in_s] = np.einsum("bnhf,bmhf->bhnm", phi_q, phi_k)[..., ~in_s]
+        w = w + np.einsum("bnhf,bmhf->bhnm", phi_q, phi_k) * ~in_s
     return w, c
 
 
@@ -166,6 +175,28 @@ def attention_tangent(point, direction, spec, grid):
         return _output(w, point.v + t * direction.v)
 
     return (at(STEP) - at(-STEP)) / (2 * STEP)
+
+
+@functools.cache
+def _pull(spec, grid):
+    """(point, c, cotangent) -> VJP of attention: this module once more, with jax.numpy."""
+    twin = types.ModuleType("oracle_in_jax")
+    exec(Path(__file__).read_text(), vars(twin))
+    twin.np, twin.softmax_keys = jnp, softmax_keys
+
+    def y(point, c):
+        w, _ = twin.weights(point.q, point.k, *twin._maps(point, spec), spec, grid, c)
+        return twin._output(w, point.v)
+
+    pull = lambda point, c, cotangent: jax.vjp(lambda p: y(p, c), point)[1](cotangent)[0]  # noqa: E731
+    return jax.jit(pull, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def gradient(point, cotangent, spec, grid):
+    """The VJP of attention, a `Point`, c_i held at its value, by JAX in float64."""
+    _, c = weights(point.q, point.k, *_maps(point, spec), spec, grid)
+    with jax.enable_x64(True):
+        return float64(_pull(spec, grid)(point, c, cotangent))
 
 
 # RoPE

@@ -1,5 +1,6 @@
 """The TPU kernels, interpreted on CPU, in the harness of `test_hybrid.py`: the float64 oracle, and the XLA path."""
 
+import dataclasses
 import json
 import math
 import os
@@ -19,10 +20,11 @@ from test_hybrid import DENSE, EVEN, ODD, SPARSE, U16, D, make_point
 
 from hybrid_dit.ops.hybrid import attention
 from hybrid_dit.ops.kernels import tpu_hybrid
+from hybrid_dit.ops.kernels.tpu_blocks import Blocks, tiles
 from hybrid_dit.ops.spec import ACTIVATIONS, AttentionSpec, FeatureMapSpec
 
 # Several tiles of everything, none of which N or N/R fills: 399 tokens, of them 200, 100 and 50 at R = 2, 4 and 8.
-SMALL = tpu_hybrid.Blocks(state=128, queries=128, keys=128, chunk=128)
+SMALL = Blocks(**{f.name: 128 for f in dataclasses.fields(Blocks)})
 TILED = (3, 7, 19)
 QUICK = {"xla_backend_optimization_level": 0}  # what LLVM makes of the interpreted kernels is not under test
 MAPS = ("poly", "elu", "hedgehog")
@@ -75,10 +77,12 @@ def test_bfloat16_is_no_worse_than_plain_xla(spec):
 
 
 def shifted(point, how):
-    """Keys that make softmax hard: logits up to 1e4 in size, rising from tile to tile, or all equal."""
+    """Keys that make softmax hard: logits up to 1e4 in size, rising from tile to tile, all equal, or all below -100."""
     scale = (1e4 * D**0.5 / np.abs(np.einsum("bnhd,bmhd->bhnm", point.q, point.k)).max()) ** 0.5
     if how == "equal":
         return point._replace(k=jnp.broadcast_to(point.k[:, :1], point.k.shape))
+    if how == "low":  # exp(−c) overflows
+        return point._replace(q=jnp.abs(point.q) + 1, k=-100 * (jnp.abs(point.k) + 1))
     if how == "extreme":
         return point._replace(q=point.q * scale, k=point.k * scale)
     # Rising: every later key's logit is larger for queries of one sign (what was summed before underflows) and smaller
@@ -119,47 +123,27 @@ def test_every_element_is_written_and_nothing_is_read_that_was_not(spec):
     assert error(y, point, spec, grid) <= 1e-5
 
 
-def test_gradient_is_that_of_the_xla_path():
-    spec = AttentionSpec("hybrid", 2, "lattice")
-    point = make_point(spec, ODD)
-    cotangent = jax.random.normal(jax.random.key(1), point.q.shape)
-
-    def gradient(backend):
-        f = partial(attention, spec=spec, grid=ODD[0], backend=backend)
-        return jax.jit(lambda p: jax.vjp(jax.checkpoint(f), *p)[1](cotangent), compiler_options=QUICK)(point)
-
-    for ours, plain in zip(jax.tree.leaves(gradient("tpu")), jax.tree.leaves(gradient("xla"))):
-        # The same operations in another program: a few roundings of the largest element.
-        np.testing.assert_allclose(ours, plain, rtol=0, atol=16 * harness.U32 * np.abs(plain).max())
-
-
-def test_under_vmap():
-    """Blocks with maps of their own, as distillation runs them."""
-    spec, grid = AttentionSpec("hybrid", 2), ODD[0]
-    points = [make_point(spec, ODD, seed=seed) for seed in (0, 1)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *points)
-    run = jax.vmap(partial(attention, spec=spec, grid=grid, backend="tpu"))
-    ys = jax.jit(run, compiler_options=QUICK)(*stacked)
-    for y, point in zip(ys, points):
-        assert error(y, point, spec, grid) <= 1e-5
-
-
 @pytest.mark.parametrize("n, size, multiple", [(32760, 1024, 16), (4095, 2048, 128), (12600, 1024, 16), (1, 512, 128)])
 def test_tiles_cover_all_rows_without_a_tile_to_spare(n, size, multiple):
-    count, tile = tpu_hybrid._tiles(n, size, multiple)
+    count, tile = tiles(n, size, multiple)
     assert (count - 1) * tile < n <= count * tile
     assert tile % multiple == 0 and tile <= math.ceil(size / multiple) * multiple
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "tpu7x"])
-def test_compiles_for_tpus_at_full_size(target, tmp_path):
+def test_compiles_for_tpus_at_full_size(target, direction, tmp_path):
     """With libtpu: N = 32,760 at R = 8, default tile sizes, within the memory that the kernels ask for."""
     script = Path(__file__).parents[2] / "benchmarks" / "tpu_schedule.py"
     command = [sys.executable, script, "--targets", target, "--labels", "R8", "--out", tmp_path]
+    command += ["--direction", direction]
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    (row,) = json.loads((tmp_path / "forward.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / f"{direction}.json").read_text())["rows"]
     assert "error" not in row
-    if row["bound"]:  # schedules are deterministic; 0.99 (v5e) to 1.18 (v6e) was measured
-        assert row["over_splash_and_linear_bound"] <= 1.2
+    # Schedules are deterministic: what was measured, and a little.
+    if row["bound"] and direction == "forward":
+        assert row["over_splash_and_linear_bound"] <= 1.15
+    elif row["bound"]:
+        assert row["over_bound"] <= (1.7 if target == "v6e" else 1.05)
