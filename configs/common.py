@@ -127,6 +127,7 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.evaluate.sample_steps = 20 if tiny else 50
     c.evaluate.guidance = 3.0 if tiny else 6.0
     c.evaluate.batch = 3 if tiny else 1
+    c.evaluate.velocity_steps = 5  # timesteps at which velocities are compared with the teacher's; 0: none
 
     c.sample = ConfigDict()
     c.sample.variant = "teacher"  # teacher (the weights as given) or finetuned (what surgery made of them)
@@ -145,6 +146,15 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.sample.windows = 0  # of columns, decoded one after the other to save memory; 0: what devices share, else 1
     c.sample.vae_dtype = "float32"  # of the VAE's activations; bfloat16 takes half the memory
     c.sample.fps = 16
+    c.sample.share = "0/1"  # which part of the videos this process makes: NUMBER/PROCESSES, each on its own devices
+
+    c.suite = ConfigDict()  # VBench or VBench-2.0: what the job sample makes then, and the job vbench checks
+    c.suite.name = ""  # vbench or vbench2; empty: the prompts of the section sample
+    c.suite.prompts = ""  # the suite's full_info.json, or its folder of one list per dimension
+    c.suite.rewritten = ""  # list (or folder, one per dimension) of augmented prompts; files keep the original's name
+    c.suite.originals = ""  # list (or folder) that the rewritten ones follow line by line; empty: that of prompts
+    c.suite.dimensions = ()  # some only; empty: all
+    c.suite.results = ()  # NAME=PATH of further results for the table: file, folder or zip of *_eval_results.json
 
     c.report = ConfigDict()
     c.report.max_mb = 15.0  # of the page; videos are shrunk or left out beyond it

@@ -207,6 +207,67 @@ def loss_curves(
     _save(figure, path, title)
 
 
+def interval_curves(
+    path: str | Path,
+    curves: Mapping[str, tuple[Sequence[Real], Sequence[Sequence[Real | None]]]],
+    x_label: str,
+    value_label: str,
+    title: str = "",
+) -> None:
+    """Draws curves with bars for the intervals of their points.
+
+    Args:
+        path: PNG file.
+        curves: {name: (x [n], [mean, low, high] of every point)}; an end that is None draws no bar.
+        x_label: what x is.
+        value_label: what is drawn.
+        title: of the picture.
+    """
+    figure = _figure(7.5, 4.5)
+    axes = figure.add_subplot()
+    for i, (name, (x, points)) in enumerate(curves.items()):
+        mean, low, high = np.array(points, np.float64).reshape(-1, 3).T  # None becomes NaN
+        bars = np.nan_to_num(np.stack([mean - low, high - mean]))
+        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": "o", "ms": 3, "lw": 1.4, "capsize": 3}
+        axes.errorbar(x, mean, yerr=np.maximum(bars, 0), label=_plain(name), **style)
+    axes.set(xlabel=x_label, ylabel=value_label)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if curves:
+        axes.legend(frameon=False)
+    _save(figure, path, title)
+
+
+def score_bars(path: str | Path, models: Mapping[str, Mapping[str, Real]], value_label: str, title: str = "") -> None:
+    """Draws scores as horizontal bars, one row per score and one bar per model in it; a missing score has none.
+
+    Args:
+        path: PNG file.
+        models: {model: {score: value}}; the first model's order of scores is kept.
+        value_label: what is drawn, and its unit.
+        title: of the picture.
+    """
+    names = list(dict.fromkeys(name for scores in models.values() for name in scores))
+    if not names:
+        raise UserError("there are no scores to draw")
+    figure = _figure(7.5, 1.2 + len(names) * (0.14 + 0.16 * len(models)))
+    axes = figure.add_subplot()
+    thick = 0.8 / len(models)
+    for i, (model, scores) in enumerate(models.items()):
+        rows = [r for r, name in enumerate(names) if name in scores]
+        values = [scores[names[r]] for r in rows]
+        places = [r - 0.4 + thick * (i + 0.5) for r in rows]
+        bars = axes.barh(places, values, thick * 0.9, color=_COLOURS[i % len(_COLOURS)], label=_plain(model))
+        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], parse_math=False)
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.grid(alpha=0.3, axis="x")
+    axes.set(xlabel=value_label)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _save(figure, path, title)
+
+
 def contact_sheet(
     path: str | Path, videos: Mapping[str, np.ndarray], frames: int = 6, title: str = "", fps: int | float | None = None
 ) -> None:
