@@ -9,6 +9,9 @@ All devices are used: the videos of a batch are split over them, and where there
 left over share the tokens of a video. A video depends on the seed, its prompt and its number alone: whatever the
 devices, the batch and the order, it is the same up to rounding. Interrupt it when you like; the same command continues.
 
+With --config.suite.name=vbench (or vbench2) and --config.suite.prompts it makes the videos of that benchmark, named and
+counted as it expects, in sample_<variant>/vbench/: docs/evaluation.md.
+
 The text encoder runs first and is freed before the DiT is loaded. A DiT of more than 4 GiB is split over all devices.
 """
 

@@ -69,12 +69,12 @@ def velocities(
         times: timesteps, 0 to 1000.
         context: passed on.
     """
-    return np.stack(
-        [
-            np.asarray(velocity(params, noisy(latents, noise, t), jnp.full(len(latents), t), context), np.float32)
-            for t in times
-        ]
-    )
+
+    def at(time: float) -> np.ndarray:
+        same = jnp.full(len(latents), time, jnp.float32)
+        return np.asarray(velocity(params, noisy(latents, noise, time), same, context), np.float32)
+
+    return np.stack([at(time) for time in times.tolist()])
 
 
 def relative_errors(

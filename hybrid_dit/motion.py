@@ -63,17 +63,19 @@ def _refine(images: np.ndarray, flow: np.ndarray) -> np.ndarray:
     xx, yy, xy = _window(gx * gx) + _DAMPING, _window(gy * gy) + _DAMPING, _window(gx * gy)
     determinant = xx * yy - xy * xy
     for _ in range(_ROUNDS):
-        change = _moved(after, flow) - before
+        moved, seen = _moved(after, flow)
+        change = (moved - before) * seen  # what has left the frame says nothing
         bx, by = _window(gx * change), _window(gy * change)
         flow = flow - np.stack([yy * bx - xy * by, xx * by - xy * bx], axis=-1) / determinant[..., None]
     return flow
 
 
-def _moved(images: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """Returns `images` looked up at every pixel's place after `flow`."""
+def _moved(images: np.ndarray, flow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `images` looked up at every pixel's place after `flow`, and whether that place is in the frame."""
     t, y, x = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in images.shape), indexing="ij", sparse=True)
-    places = np.broadcast_arrays(t, y + flow[..., 1], x + flow[..., 0])
-    return ndimage.map_coordinates(images, places, order=1, mode="nearest")
+    y, x = y + flow[..., 1], x + flow[..., 0]
+    seen = (y >= 0) & (y <= images.shape[1] - 1) & (x >= 0) & (x <= images.shape[2] - 1)
+    return ndimage.map_coordinates(images, np.broadcast_arrays(t, y, x), order=1, mode="nearest"), seen
 
 
 def _blurred(images: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hybrid_dit.errors import UserError
-from hybrid_dit.metrics import bootstrap_interval
+from hybrid_dit.metrics import bootstrap_interval, bootstrap_ratio
 
 
 def test_interval_matches_the_normal_approximation():
@@ -45,3 +45,27 @@ def test_constant_values_have_no_width():
 def test_bad_input_is_refused(values, level, expected):
     with pytest.raises(UserError, match=expected):
         bootstrap_interval(np.array(values), level=level)
+
+
+def test_ratio_matches_the_delta_method():
+    rng = np.random.default_rng(2)
+    reference = rng.uniform(1, 3, 400)
+    values = 0.5 * reference + rng.normal(0, 0.1, 400)
+    mean, low, high = bootstrap_ratio(values, reference)
+    assert mean == pytest.approx(values.sum() / reference.sum())
+    half = 1.96 * (values - mean * reference).std() / 20 / reference.mean()
+    assert (mean - low, high - mean) == pytest.approx((half, half), rel=0.12)  # as above
+
+
+def test_ratio_of_proportional_pairs_has_no_width_even_with_zeros():
+    reference = np.array([0.0, 1.0, 0.0, 5.0])
+    assert bootstrap_ratio(0.3 * reference, reference) == pytest.approx((0.3, 0.3, 0.3))
+
+
+@pytest.mark.parametrize(
+    "values, reference",
+    [([1.0, 2.0], [0.0, 0.0]), ([1.0, 2.0], [-1.0, 3.0]), ([1.0, np.nan], [1.0, 1.0])],
+)
+def test_unfit_pairs_are_refused(values, reference):
+    with pytest.raises(UserError):
+        bootstrap_ratio(np.array(values), np.array(reference))

@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,46 +18,50 @@ from hybrid_dit.convert.pipeline import find, load_pipeline_config
 from hybrid_dit.data.prompts import read_prompts
 from hybrid_dit.errors import UserError
 from hybrid_dit.progress import Progress
+from hybrid_dit.vbench import layout
 from hybrid_dit.video_io import write_mp4
 from hybrid_dit.workdir import Stage, is_done, require
 
 VARIANTS = ("teacher", "finetuned")
 # Settings that decide which videos are made, or how fast, not how they look.
-_FREE = ("prompt", "prompts", "names", "first", "samples", "batch", "sequential", "windows")
+_FREE = ("prompt", "prompts", "names", "first", "samples", "share", "batch", "sequential", "windows")
 
 
 def run(config, workdir: Path) -> None:
     """Writes `sample_<variant>/videos/{prompt}-{i}.mp4`, i = 0.., and for each a strip of its frames in `sheets/`.
 
-    Finished videos are not sampled again. A video's noise depends on the seed, its prompt's name and i alone: the same
-    prompt in another list, or with the other variant, starts from the same noise.
+    With `suite.name`, writes what that suite expects to `sample_<variant>/<suite>/`, and no sheets. Finished videos are
+    not sampled again. A video's noise depends on the seed, its prompt's name and i alone: the same prompt in another
+    list, or with the other variant, starts from the same noise.
     """
     cfg = config.sample
     if cfg.variant not in VARIANTS:
         raise UserError(f"sample.variant={cfg.variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
     if cfg.batch < 1 or cfg.samples < 1 or cfg.first < 0:
         raise UserError("sample.batch and sample.samples must be at least 1, sample.first at least 0 (0 means all)")
-    prompts = wanted(cfg)
+    everything = wanted_videos(config)
+    mine = layout.of_share(everything, cfg.share)
     model = config.model
     shape = generation.latent_shape(*load_pipeline_config(model.weights), model.frames, model.height, model.width)
     tuned = require(workdir, "finetune", config) if cfg.variant == "finetuned" else None
     stage, settings = f"sample_{cfg.variant}", _settings(config)
     is_done(workdir, stage, settings)  # other settings are told before weights are read
-    videos, sheets = workdir / stage / "videos", workdir / stage / "sheets"
+    videos, sheets = workdir / stage / (config.suite.name or "videos"), workdir / stage / "sheets"
     # VBench takes everything in the folder of videos for one, hidden files too: only finished ones are moved there.
-    unfinished = workdir / stage / "unfinished"
-    wanted_videos = [(name, prompt, i) for name, prompt in prompts.items() for i in range(cfg.samples)]
-    missing = processes.on_main(_missing, videos, wanted_videos)
-    todo = list(itertools.compress(wanted_videos, missing))
-    total = len(wanted_videos)
-    print(f"sample: {total} videos with the {cfg.variant}, {total - len(todo)} of them in {videos} already")
+    own = "" if len(mine) == len(everything) else "_" + cfg.share.replace("/", "_of_")  # not cleared up by others
+    unfinished = workdir / stage / f"unfinished{own}"
+    todo = list(itertools.compress(mine, processes.on_main(_missing, videos, mine)))
+    part_of = f" (share {cfg.share} of {len(everything):,})" if own else ""
+    print(
+        f"sample: {len(mine):,} videos{part_of} with the {cfg.variant}, {len(mine) - len(todo):,} in {videos} already"
+    )
     if not todo:
         return
 
     mesh = sample_loading.sampling_mesh(cfg)
     generator = make_generator(config, mesh)
     Stage(workdir, stage, settings)
-    texts = [*dict.fromkeys(prompt for _, prompt, _ in todo), model.negative_prompt]
+    texts = [*dict.fromkeys(video.prompt for video in todo), model.negative_prompt]
     text = sample_loading.encode_texts(model.weights, workdir / stage / "text", texts)
     source = find(model.weights).parts["transformer"] if tuned is None else tuned / "transformer"
     part = sources.open_part(source, "transformer")
@@ -73,27 +78,38 @@ def run(config, workdir: Path) -> None:
         videos_now = todo[start : start + cfg.batch]
         count = len(videos_now)
         padded = [videos_now[min(j, count - 1)] for j in range(cfg.batch)]  # one shape, hence one compiled program
-        names, numbers = zip(*((zlib.crc32(name.encode()), i) for name, _, i in padded))
+        names, numbers = zip(*((zlib.crc32(video.name.encode()), video.index) for video in padded))
         noise, keys = start_from(np.uint32(names), np.uint32(numbers))
         latents, _ = generator.denoise(
             part.attention,
             params,
             noise,
-            place_text(text, [prompt for _, prompt, _ in padded], whole),
+            place_text(text, [video.prompt for video in padded], whole),
             negative,
             key=keys,
             on_step=lambda n, start=start, count=count: progress.update(start * cfg.sample_steps + n * count),
         )
-        for (name, prompt, i), video in zip(videos_now, generator.decode(latents)[0]):
-            stem = generation.file_stem(name, i)
+        for video, pixels in zip(videos_now, generator.decode(latents)[0]):
             if processes.is_main():  # every process has all videos
-                pictures.contact_sheet(sheets / f"{stem}.png", {f"sample {i}": video}, title=prompt, fps=cfg.fps)
-                write_mp4(unfinished / f"{stem}.mp4", video, cfg.fps)
-                videos.mkdir(exist_ok=True)
-                os.replace(unfinished / f"{stem}.mp4", videos / f"{stem}.mp4")  # last: the video is finished
+                if not config.suite.name:  # thousands of sheets would help nobody
+                    sheet = sheets / Path(video.files[0]).with_suffix(".png")
+                    strip = {f"sample {video.index}": pixels}
+                    pictures.contact_sheet(sheet, strip, title=video.prompt, fps=cfg.fps)
+                publish(pixels, unfinished, videos, video.files, cfg.fps)
     if processes.is_main():
         shutil.rmtree(unfinished, ignore_errors=True)  # with what killed runs left
-    print(f"sample: videos in {videos}, strips of frames in {sheets}")
+    print(f"sample: videos in {videos}" + ("" if config.suite.name else f", strips of frames in {sheets}"))
+
+
+def publish(pixels: np.ndarray, unfinished: Path, videos: Path, files: Sequence[str], fps: int | float) -> None:
+    """Writes a video to all its places, the last step of each a rename: what is there is finished."""
+    written, copy = unfinished / Path(files[0]).name, unfinished / "copy.mp4"
+    write_mp4(written, pixels, fps)
+    for file in files:
+        shutil.copyfile(written, copy)
+        (videos / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(copy, videos / file)
+    written.unlink()
 
 
 def make_generator(config, mesh) -> generation.Generator:
@@ -119,6 +135,17 @@ def place_text(text, prompts: list[str], whole: NamedSharding):
     """Returns the context of prompts, whole on every device."""
     context = jax.tree.map(np.asarray, text.context(prompts))
     return sharding.put(context, jax.tree.map(lambda _: whole, context))
+
+
+def wanted_videos(config) -> list[layout.Video]:
+    """Returns all videos that the config asks for: those of its suite, or `wanted`."""
+    if config.suite.name:
+        return layout.videos_of(config.suite)
+    return [
+        layout.Video(name, prompt, i, (f"{generation.file_stem(name, i)}.mp4",))
+        for name, prompt in wanted(config.sample).items()
+        for i in range(config.sample.samples)
+    ]
 
 
 def wanted(cfg) -> dict[str, str]:
@@ -154,6 +181,6 @@ def _settings(config):
     return config
 
 
-def _missing(videos: Path, wanted_videos: list[tuple[str, str, int]]) -> list[bool]:
-    """Whether each video's file is not there."""
-    return [not (videos / f"{generation.file_stem(name, i)}.mp4").is_file() for name, _, i in wanted_videos]
+def _missing(videos: Path, mine: list[layout.Video]) -> list[bool]:
+    """Whether one of each video's files is not there."""
+    return [not all((videos / file).is_file() for file in video.files) for video in mine]
