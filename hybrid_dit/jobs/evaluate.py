@@ -141,13 +141,14 @@ def sample_all(config, generator: generation.Generator, pipeline: Pipeline, vari
     done = steps * sum(file.is_file() for group in files.values() for file in group)
     progress = Progress("evaluate", total, start=done)
     times = fidelity.probe_times(generator.sampler.schedule.timesteps, config.evaluate.velocity_steps)
-    attentions = {}
+    attentions, velocities = {}, {}
     for name, attention, params in variants:
         attentions[name] = attention
         if all(file.is_file() for file in files[name]):
             continue
         params, progress.label = jax.device_put(params), f"evaluate, {name}"
-        velocity = jax.jit(generator.velocity(attention))
+        if attention not in velocities:  # compiled once per attention
+            velocities[attention] = jax.jit(generator.velocity(attention))
         for i, (start, file) in enumerate(zip(starts, files[name])):
             if file.is_file():
                 continue
@@ -168,7 +169,9 @@ def sample_all(config, generator: generation.Generator, pipeline: Pipeline, vari
             compared = {}
             if len(times):
                 again = generation.noise_for(jax.random.fold_in(key, PROBE), shape, index.tolist())
-                ask = partial(fidelity.velocities, velocity, params, noise=again, times=times, context=both)
+                ask = partial(
+                    fidelity.velocities, velocities[attention], params, noise=again, times=times, context=both
+                )
                 compared = compare_velocities(ask, latents, None if name == "teacher" else files["teacher"][i])
             with atomic_path(file) as temporary, open(temporary, "wb") as out:
                 real = len(prompts) - start

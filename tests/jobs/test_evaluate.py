@@ -136,26 +136,21 @@ def test_prompts_outside_the_grammar_have_no_scenes(root):
 
 
 def test_velocity_errors_are_those_of_the_velocities_at_the_teachers_noisy_latents(root):
-    config = tiny_config("evaluate", root)
-    pipeline = load_pipeline(config.model.weights)
+    pipeline = load_pipeline(tiny_config("evaluate", root).model.weights)
     _, attention, params = load_transformer(root / "run" / "finetune" / "transformer")
-    x0 = np.load(root / "run" / "evaluate" / "cache" / "teacher_00002.npz")["latents"][:1]  # the third prompt
+    cache = root / "run" / "evaluate" / "cache"
+    teacher, student = (np.load(cache / f"{name}_00002.npz") for name in ("teacher", "finetuned"))  # the third prompt
+    x0 = teacher["latents"][:1]
     noise = generation.noise_for(jax.random.fold_in(generation.noise_key(0), evaluate.PROBE), x0.shape[1:], [2])
-    row = results(root)["variants"]["finetuned"]["velocity_error"]
-    time = row["timesteps"][-1]  # the schedule's second step
-    x = (1 - time / 1000) * x0 + time / 1000 * np.asarray(noise)
-    v = {}
-    for name, specs, weights in (("teacher", (), pipeline.dit), ("student", attention, params)):
-        one = generation.make_velocity(pipeline.wan, specs)
-        text = generation.text_context(pipeline, [PROMPTS[2], ""])
-        cond, uncond = (
-            one(weights, x, np.float32([time]), jax.tree.map(lambda a, i=i: a[i : i + 1], text)) for i in (0, 1)
-        )
-        v[name] = np.asarray(uncond + 3.0 * (cond - uncond), np.float64)
-    expected = np.abs(v["student"] - v["teacher"]).sum() / np.abs(v["teacher"]).sum()
-    cached_errors = np.load(root / "run" / "evaluate" / "cache" / "finetuned_00002.npz")["l1"]
-    assert cached_errors.shape == (2, 1)  # two timesteps, one prompt that is not filled up
-    np.testing.assert_allclose(cached_errors[-1, 0], expected, rtol=1e-3)  # float32 through a DiT, in other batches
+    time = results(root)["variants"]["finetuned"]["velocity_error"]["timesteps"][-1]
+    x = np.repeat((1 - time / 1000) * x0 + time / 1000 * np.asarray(noise), 2, axis=0)
+    text = generation.text_context(pipeline, [PROMPTS[2], ""])
+    cond, uncond = jax.jit(generation.make_velocity(pipeline.wan, attention))(params, x, np.float32([time] * 2), text)
+    v, reference = np.asarray(uncond + 3.0 * (cond - uncond), np.float64), teacher["velocities"][-1, 0]
+    assert student["l1"].shape == (2, 1)  # two timesteps, one prompt that is not filled up
+    # A float32 DiT in other batches; the velocities of the teacher and of a random hybrid are far apart.
+    np.testing.assert_allclose(student["l1"][-1, 0], np.abs(v - reference).sum() / np.abs(reference).sum(), rtol=1e-3)
+    assert student["l1"][-1, 0] > 0.01
 
 
 def test_velocity_errors_have_a_table_and_a_picture(root):
