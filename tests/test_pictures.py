@@ -110,6 +110,23 @@ def _cells(image, colour):
     return int((np.diff(row, prepend=0) == 1).sum())
 
 
+def test_interval_curves_show_values_and_intervals(tmp_path):
+    def curves(mean, high):
+        return {"R2": ([900.0, 30.0], [[0.3, 0.2, 0.4], [mean, 0.1, high]]), "_$": ([5.0], [[0.2, None, None]])}
+
+    labels = "timestep", "relative error", "a_b $5"
+    for changed in (curves(0.15, 0.4), curves(0.2, 0.35)):
+        assert _differs(pictures.interval_curves, tmp_path, (curves(0.2, 0.4), *labels), (changed, *labels)) > 1e-4
+
+
+def test_score_bars_have_a_row_per_score_and_a_bar_per_model(tmp_path):
+    full = {"teacher": {"scene": 50.0, "total": 80.0}, "15R2": {"scene": 40.0, "total": 79.0}}
+    less = full | {"15R2": {"total": 79.0}}
+    assert _differs(pictures.score_bars, tmp_path, (full, "percent"), (less, "percent")) > 1e-3
+    pictures.score_bars(tmp_path / "16.png", {"teacher": {f"score {i}": 1.0 * i for i in range(16)}}, "percent")
+    assert _read(tmp_path / "16.png").shape[0] > 2 * _read(tmp_path / "a.png").shape[0]
+
+
 def test_contact_sheet_has_variants_as_rows_and_frames_as_columns(tmp_path):
     colours = {"teacher": (250, 10, 20), "15R4 fine-tuned": (10, 240, 30), "linear": (20, 30, 230)}
     lengths = (9, 9, 17)
@@ -155,6 +172,7 @@ def test_matplotlib_is_left_alone_and_loaded_late():
         (lambda folder: pictures.error_heatmap(folder / "a.png", ERRORS * np.nan, LABELS), "finite"),
         (lambda folder: pictures.rates_along_front(folder / "a.png", [2, 1], FRONT[1][:2], LABELS), "rising costs"),
         (lambda folder: pictures.loss_curves(folder / "a.png", {"q": ([1, 2], [1.0])}), "curve q"),
+        (lambda folder: pictures.score_bars(folder / "a.png", {"teacher": {}}, "percent"), "no scores"),
         (lambda folder: pictures.contact_sheet(folder / "a.png", {}), "no videos"),
         (lambda folder: pictures.contact_sheet(folder / "a.png", {"v": np.zeros((2, 4, 4, 3))}), "v: a video is uint8"),
     ],

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import random
 import zipfile
 
 import pytest
@@ -46,6 +47,31 @@ def test_vbench_total_is_four_parts_quality_and_one_part_semantic():
     quality = (6 * 0.5 + 0.5 * 1) / 6.5
     semantic = (8 * 0.5 + 1) / 9
     assert sums == pytest.approx({"quality": quality, "semantic": semantic, "total": (4 * quality + semantic) / 5})
+
+
+@pytest.mark.parametrize(
+    "suite, official",
+    [
+        (VBENCH, (0.1452577457469582, 0.701851864841818, 0.25657656956593017)),
+        (
+            VBENCH2,
+            (
+                0.49089899052481695,
+                0.5094218223580178,
+                0.47760209185072383,
+                0.3990510679047021,
+                0.5852400358049897,
+                0.49244280168865007,
+            ),
+        ),
+    ],
+)
+def test_sums_are_those_of_the_official_scripts(suite, official):
+    """What `scripts/cal_final_score.py` and `VBench-2.0/scripts/cal_final_score.py` printed for these scores."""
+    rng = random.Random(1)
+    scores = {name: rng.random() for name in suite.dimensions}
+    # Sums of at most 18 terms of order 1, in another order.
+    assert list(results.summarise(suite, scores).values()) == pytest.approx(official, rel=1e-14)
 
 
 def test_scores_beyond_the_bounds_are_not_clipped():
