@@ -250,7 +250,7 @@ def score_bars(path: str | Path, models: Mapping[str, Mapping[str, Real]], value
     names = list(dict.fromkeys(name for scores in models.values() for name in scores))
     if not names:
         raise UserError("there are no scores to draw")
-    figure = _figure(7.5, 2.0 + len(names) * (0.14 + 0.16 * len(models)))
+    figure = _figure(7.5, 1.9 + len(names) * (0.14 + 0.16 * len(models)))
     axes = figure.add_subplot()
     thick = 0.8 / len(models)
     for i, (model, scores) in enumerate(models.items()):
@@ -261,7 +261,7 @@ def score_bars(path: str | Path, models: Mapping[str, Mapping[str, Real]], value
         axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], parse_math=False)
     axes.invert_yaxis()
-    axes.margins(x=0.08)
+    axes.margins(x=0.08, y=0.01)
     axes.grid(alpha=0.3, axis="x")
     axes.set(xlabel=value_label)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
