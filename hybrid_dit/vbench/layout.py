@@ -199,7 +199,7 @@ class Progress(NamedTuple):
         for what in ("missing", "broken", "stray"):
             names = getattr(self, what)
             more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-            parts += [f"{what}: {', '.join(names[:_SHOWN])}{more}"] if names else []
+            parts += [f"{what}: {', '.join(map(repr, names[:_SHOWN]))}{more}"] if names else []
         return ", ".join(parts)
 
 

@@ -76,7 +76,7 @@ def test_a_stray_file_is_told(root, capsys):
     folder = root / "run" / "sample_teacher" / "vbench2"
     (folder / "notes.txt").write_text("mine")
     assert vbench.run(settings("vbench", root), root / "run") == 1
-    assert "stray: notes.txt" in capsys.readouterr().out
+    assert "stray: 'notes.txt'" in capsys.readouterr().out
     (folder / "notes.txt").unlink()
 
 

@@ -196,7 +196,7 @@ def test_what_is_missing_broken_or_stray_is_told(tmp_path):
     found = layout.check(folder, videos)
     assert found == (35, [f"{CLOWN}-3.mp4"], [f"{CLOWN}-2.mp4", f"{CLOWN}-4.mp4"], [".partial.mp4"])
     assert not found.complete
-    assert str(found).startswith(f"32 of 35 videos, missing: {CLOWN}-3.mp4, broken: ")
+    assert str(found).startswith(f"32 of 35 videos, missing: '{CLOWN}-3.mp4', broken: '")
     empty = layout.check(tmp_path / "nowhere", videos)
     assert len(empty.missing) == 35 and str(empty).endswith("and 30 more")
 
