@@ -72,7 +72,7 @@ CASES = [
 
 @pytest.mark.parametrize("spec, shape", CASES, ids=harness.name_of)
 def test_gradients_match_the_oracle(spec, shape):
-    check(spec, shape[0], make_point(spec, shape))  # float32 is asked for 1e-5; 2e-6 is the worst found
+    check(spec, shape[0], make_point(spec, shape))  # float32 is asked for 1e-5; 2.8e-6 is the worst found
 
 
 def test_the_oracle_agrees_with_its_own_finite_differences():
@@ -86,7 +86,7 @@ def test_the_oracle_agrees_with_its_own_finite_differences():
 
 @pytest.mark.parametrize("spec", [hybrid(4), AttentionSpec()], ids=harness.name_of)
 def test_bfloat16_is_no_worse_than_plain_xla(spec):
-    """By argument, as every leaf is a sum of some hundred rounded numbers; the margin (of the issue) is 1.5."""
+    """Norms of errors by leaf: over three seeds 0.2 to 1.2 times XLA's (hybrid) and 1.0 to 1.43 times (softmax)."""
     shape = TILED, 4, 1, 2
     point = make_point(spec, shape, jnp.bfloat16)
     cotangent = cotangent_of(point)
