@@ -182,4 +182,4 @@ def _write_front(folder: Path, config, front: list[Selection], baselines: Mappin
 def _line(name: str, selection: Selection, block_costs: Mapping[str, Real], unit: str) -> str:
     saved = 1 - selection.cost / (block_costs["softmax"] * len(selection.choice))
     chosen = " ".join(list(block_costs)[c] for c in selection.choice)
-    return f"  {name}: error {selection.error:.4f}, {unit} of self-attention -{saved:.1%}: {chosen}"
+    return f"  {name}: error {selection.error:.4f}, {unit} of self-attention {-saved:+.1%}: {chosen}"
