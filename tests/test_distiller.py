@@ -20,6 +20,8 @@ from hybrid_dit.models import wan
 from hybrid_dit.ops.hybrid import softmax_part
 from hybrid_dit.ops.nested import nested_sums
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 U32 = 2.0**-24
 WAN = wan.WanConfig(dim=24, num_heads=2, ffn_dim=48, num_layers=6, in_channels=4, text_dim=8, freq_dim=16)
 SHAPE = (3, 4, 8, 4)  # latents; 3 x 2 x 4 = 24 tokens, which 8 devices divide, and 5 below don't
@@ -169,7 +171,6 @@ def test_teacher_attention_is_taken_once_when_gradients_are_inside():
     assert abs(flops("linear", "R2", "R4", "R8") - linear - 3 * phi) < 0.2 * extra
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_measure_gives_each_videos_error():
     d, (dit, x, i, context, key) = make(), inputs()
     maps = d.init(jax.random.key(0))["maps"]

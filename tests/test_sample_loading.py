@@ -16,6 +16,8 @@ from hybrid_dit.convert.abstract import abstract_dit
 from hybrid_dit.convert.pipeline import load_pipeline
 from hybrid_dit.models.wan import WanDiT
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 PROMPTS = ["a small red circle moving left on a gray background", ""]
 
 

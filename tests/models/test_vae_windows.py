@@ -14,6 +14,8 @@ from hybrid_dit.models import vae as vae_lib
 from hybrid_dit.models.vae import VAEConfig, WanVAE
 from hybrid_dit.models.vae_windows import decode_in_windows, halo, windows
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CONFIG = VAEConfig(
     base_dim=4,
     z_dim=4,
