@@ -1,0 +1,98 @@
+"""Which tokens a device has when those of a video are split evenly over an axis of a mesh: static, known to all.
+
+Device p of P holds tokens p·L ... (p+1)·L − 1 of the grid's order. Those past the end of the grid pad it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_dit.array_typing import Array, Float, PyTree
+from hybrid_dit.ops.spec import AttentionSpec
+from hybrid_dit.ops.tokens import Grid, linear_keys, softmax_tokens
+
+
+def padded_length(tokens: int, parts: int, rate: int) -> int:
+    """Returns how long to make a video that `parts` devices don't divide: S then starts anew on each of them."""
+    return tokens if tokens % parts == 0 else -(-tokens // (parts * rate)) * parts * rate
+
+
+def softmax_rows(grid: Grid, spec: AttentionSpec, parts: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which rows of its own each device gives to S, and where S lies in what all give together.
+
+    Args:
+        grid: of the tokens.
+        spec: of hybrid attention.
+        parts: P, number of devices.
+        length: L, tokens of each.
+
+    Returns:
+        (rows [P, m], positions [|S|] in the P·m rows gathered), int32. All give as many, m: where a device has fewer,
+        its list goes on with that of the one with the most, so that lists that only differ in length become equal.
+    """
+    tokens = softmax_tokens(grid, spec.rate, spec.pattern)
+    lists = [tokens[tokens // length == p] - p * length for p in range(parts)]
+    longest = max(lists, key=len)
+    rows = np.stack([np.concatenate([x, longest[len(x) :]]) for x in lists])
+    positions = np.concatenate([p * len(longest) + np.arange(len(x)) for p, x in enumerate(lists)])
+    return rows.astype(np.int32), positions.astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The part of a video that a device has; for use inside `shard_map`.
+
+    Attributes:
+        axes: names of the axes of the mesh that tokens are split over.
+        parts: P, number of devices along them.
+    """
+
+    axes: tuple[str, ...]
+    parts: int
+
+    def softmax_keys(self, x: Float[Array, "b n h d"], grid: Grid, spec: AttentionSpec) -> Float[Array, "b m h d"]:
+        """S's rows of the whole video, in order, from this device's rows: what travels is |S| rows."""
+        rows, positions = softmax_rows(grid, spec, self.parts, x.shape[1])
+        return _take(_gather(self, self._take_own(x, rows)), positions)
+
+    def all_keys(self, x: Float[Array, "b n h d"], grid: Grid) -> Float[Array, "b m h d"]:
+        """Every token of the grid."""
+        return _gather(self, x)[:, : grid[0] * grid[1] * grid[2]]
+
+    def linear_keys(self, grid: Grid, spec: AttentionSpec, length: int) -> Float[Array, "n"]:
+        """1.0 for this device's keys of the linear part, 0.0 for the others and for padding, float32."""
+        keep = linear_keys(grid, spec, self.parts * length).reshape(self.parts, length)
+        return jnp.asarray(keep)[jax.lax.axis_index(self.axes)]
+
+    def sum(self, tree: PyTree) -> PyTree:
+        """Sums over the devices of a video."""
+        return jax.lax.psum(tree, self.axes)
+
+    def _take_own(self, x, rows):
+        if (rows == rows[0]).all():
+            return _take(x, rows[0])
+        return x.at[:, jnp.asarray(rows)[jax.lax.axis_index(self.axes)]].get(mode="promise_in_bounds")
+
+
+def _take(x: Array, index: np.ndarray) -> Array:
+    """x[:, index], index ascending; as a strided slice where it is evenly spaced, which is cheaper than a gather."""
+    steps = np.unique(np.diff(index))
+    if len(index) and len(steps) <= 1:
+        return x[:, int(index[0]) : int(index[-1]) + 1 : int(steps[0]) if len(steps) else 1]
+    return x.at[:, index].get(mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True)
+
+
+def _all_gather(shard, x):
+    return jax.lax.all_gather(x, shard.axes, axis=1, tiled=True)
+
+
+def _reduce_scatter(shard, _, cotangent):
+    """In float32: the sum over devices, of numbers rounded on each, loses nothing more to 16 bits."""
+    summed = jax.lax.psum_scatter(cotangent.astype(jnp.float32), shard.axes, scatter_dimension=1, tiled=True)
+    return (summed.astype(cotangent.dtype),)
+
+
+_gather = jax.custom_vjp(_all_gather, nondiff_argnums=(0,))
+_gather.defvjp(lambda shard, x: (_all_gather(shard, x), None), _reduce_scatter)
