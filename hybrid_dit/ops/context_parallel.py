@@ -21,6 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from hybrid_dit.array_typing import Array, Float, PyTree
 from hybrid_dit.ops import backends
 from hybrid_dit.ops.hybrid import combine, linear_sums, stabilised_sums
+from hybrid_dit.ops.kernels import gpu_hybrid, tpu_hybrid
 from hybrid_dit.ops.shards import Shard, padded_length
 from hybrid_dit.ops.softmax import softmax_attention
 from hybrid_dit.ops.spec import AttentionSpec
@@ -109,9 +110,17 @@ def shard_attention(
         shard: how they are split.
         backend: as in `ops.hybrid.attention`.
     """
-    backends.choose(backend, spec, q.shape[-1], q.dtype)
+    chosen = backends.choose(backend, spec, q.shape[-1], q.dtype)
     if spec.kind == "softmax":
         return _softmax(q, k, v, grid, shard)
+    if chosen == "tpu":
+        return tpu_hybrid.attention(partial(_mixed, shard=shard), q, k, v, phi, spec, grid, shard)
+    if chosen == "gpu":
+        return gpu_hybrid.attention(q, k, v, phi, spec=spec, grid=grid, shard=shard)
+    return _mixed(q, k, v, phi, spec, grid, shard)
+
+
+def _mixed(q, k, v, phi, spec, grid, shard):
     softmax = jnp.zeros(()), jnp.zeros(())
     if spec.kind == "hybrid":
         softmax = stabilised_sums(q, *(shard.softmax_keys(x, grid, spec) for x in (k, v)), spec)

@@ -42,7 +42,7 @@ def softmax_rows(grid: Grid, spec: AttentionSpec, parts: int, length: int) -> tu
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The part of a video that a device has; for use inside `shard_map`.
+    """The part of a video that a device has; for use inside `shard_map`. Rows are [b, n, ...].
 
     Attributes:
         axes: names of the axes of the mesh that tokens are split over.
@@ -52,10 +52,21 @@ class Shard:
     axes: tuple[str, ...]
     parts: int
 
-    def softmax_keys(self, x: Float[Array, "b n h d"], grid: Grid, spec: AttentionSpec) -> Float[Array, "b m h d"]:
+    def first(self, length: int) -> Array:
+        """The token of this device's first row, if every device has `length` of them; int32."""
+        return jax.lax.axis_index(self.axes) * length
+
+    def softmax_keys(self, x: Float[Array, "b n ..."], grid: Grid, spec: AttentionSpec) -> Float[Array, "b m ..."]:
         """S's rows of the whole video, in order, from this device's rows: what travels is |S| rows."""
         rows, positions = softmax_rows(grid, spec, self.parts, x.shape[1])
         return _take(_gather(self, self._take_own(x, rows)), positions)
+
+    def softmax_keys_back(
+        self, x: Float[Array, "b m ..."], grid: Grid, spec: AttentionSpec, length: int
+    ) -> Float[Array, "b n ..."]:
+        """The transpose of `softmax_keys`: sums over devices, at this device's rows of S, and zeros between."""
+        like = jnp.zeros((x.shape[0], length, *x.shape[2:]), x.dtype)
+        return jax.vjp(lambda rows: self.softmax_keys(rows, grid, spec), like)[1](x)[0]
 
     def all_keys(self, x: Float[Array, "b n h d"], grid: Grid) -> Float[Array, "b m h d"]:
         """Every token of the grid."""

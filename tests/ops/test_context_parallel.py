@@ -109,3 +109,19 @@ def test_an_unknown_backend_is_told():
     point = make_point(AttentionSpec("hybrid", 2), ODD)
     with pytest.raises(UserError, match="attention backend 'gpus' is unknown"):
         attention(*point, spec=AttentionSpec("hybrid", 2), grid=ODD[0], split=split("seq"), backend="gpus")
+
+
+@pytest.mark.parametrize(
+    "spec, shape, backend",
+    [
+        (AttentionSpec("hybrid", 2), ODD, "tpu"),
+        (AttentionSpec("hybrid", 4, "lattice", FeatureMapSpec("hedgehog"), "lse"), UNEVEN, "tpu"),
+        (AttentionSpec("hybrid", 2), ODD, "gpu"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else harness.name_of(x),
+)
+def test_kernels_match_the_oracle(spec, shape, backend, monkeypatch):
+    """Interpreted; hedgehog's maps and the lattice on shards of which S starts elsewhere on each."""
+    monkeypatch.setattr(harness, "attention", partial(attention, split=split("seq"), backend=backend))
+    monkeypatch.setattr(harness, "D", 16 if backend == "gpu" else D)  # the narrowest head that the kernels take
+    harness.check(spec, shape[0], make_point(spec, shape))
