@@ -3,13 +3,13 @@
     python benchmarks/context_parallel.py --out docs/results/tpu      # needs hybrid_dit[tpu]; MINUTES on two cores
     python benchmarks/context_parallel.py --targets v5e:2x4 --ways 8 --labels R8 linear --backends xla
 
-Every group of chips has one video of Wan2.1 1.3B at 480x832x81: 32,760 tokens, 12 heads of 128, bfloat16, poly feature maps (P = 2, two layers),
-rows padded to what the chips divide, forward and forward + backward. Bytes are those of the whole array of every
-collective in the compiled program (`hybrid_dit.hlo`), per chip. Beside them:
+Every group of chips has one video of Wan2.1 1.3B at 480x832x81: 32,760 tokens, 12 heads of 128, bfloat16, poly feature
+maps (P = 2, two layers), rows padded to what the chips divide; forward, and forward + backward. Bytes are those of the
+whole array of every collective in the compiled program (`hybrid_dit.hlo`), per chip. Beside them:
 
-floor: what the method must send. Forward, keys and values of S in 16 bits, and state and normaliser in float32; backward
-again the latter, the gradients of the former in float32, and those of φ's parameters in float32. Of softmax attention,
-all keys and values, and their gradients.
+floor: what the method must send. Forward, keys and values of S in 16 bits, and state and normaliser in float32;
+backward, the latter again, the gradients of the former in float32, and those of φ's parameters in float32. Of softmax
+attention, all keys and values, and their gradients.
 full_length: the bytes of all keys (or values). At R > 1 no collective may have as many.
 """
 
@@ -73,9 +73,11 @@ def floor(spec: AttentionSpec, direction: str) -> int:
     return forward if direction == "forward" else forward + state + 4 * keys + phi
 
 
-def measure(target: targets.Target, ways: int, label: str, direction: str, backend: str) -> dict:
-    """One row of the results."""
-    split = Split(Mesh(np.array(target.devices).reshape(-1, ways), ("data", "seq")), ("seq",), ("data",))
+def measure(target: targets.Target, ways: str, label: str, direction: str, backend: str) -> dict:
+    """One row of the results; `ways` are sizes of the axes that tokens are split over, such as "16" or "4x4"."""
+    sizes = [int(n) for n in ways.split("x")]
+    axes = tuple(f"seq{i}" for i in range(len(sizes)))
+    split = Split(Mesh(np.array(target.devices).reshape(-1, *sizes), ("data", *axes)), axes, ("data",))
     spec, began = from_label(label), time.monotonic()
     program = compiled(spec, direction, split, backend)
     parsed = hlo.parse(program.as_text())
@@ -85,7 +87,7 @@ def measure(target: targets.Target, ways: int, label: str, direction: str, backe
     row = {
         "target": target.name,
         "chips": split.mesh.size,
-        "chips_per_video": split.parts,
+        "chips_per_video": ways,
         "attention": label,
         "direction": direction,
         "backend": backend,
@@ -103,14 +105,16 @@ def measure(target: targets.Target, ways: int, label: str, direction: str, backe
 
 
 def main():
+    """Compiles what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=["v5e:4x4"], help=f"such as {targets.EXAMPLES}")
     parser.add_argument("--labels", nargs="+", default=LABELS)
     parser.add_argument("--directions", nargs="+", default=DIRECTIONS, choices=DIRECTIONS)
-    parser.add_argument("--ways", nargs="+", type=int, default=[16, 4], help="chips that share a video")
-    parser.add_argument("--backends", nargs="+", default=["xla", "tpu"])
+    parser.add_argument("--ways", nargs="+", default=["16", "4x4"], help="chips that share a video, by mesh axes")
+    parser.add_argument("--backends", nargs="+", default=["tpu"], help="xla takes longer to compile")
     parser.add_argument("--out", type=Path, help="folder for context_parallel.json")
     args = parser.parse_args()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores; jax {jax.__version__}, libtpu {version('libtpu')}"
     rows = []
     for name in args.targets:
         target = targets.parse(name)
@@ -119,10 +123,9 @@ def main():
                 continue  # the same whatever the backend
             rows.append(measure(target, *case))
             print(json.dumps(rows[-1]), flush=True)
-    if args.out:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores; jax {jax.__version__}, libtpu {version('libtpu')}"
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "context_parallel.json", {"machine": machine, "rows": rows})
+            if args.out:
+                args.out.mkdir(parents=True, exist_ok=True)
+                write_json(args.out / "context_parallel.json", {"machine": machine, "rows": rows})
     if not all(row["ok"] for row in rows):
         raise SystemExit("keys or values of full length travel at R > 1")
 

@@ -13,7 +13,9 @@ BLOCK_Q, BLOCK_K = 128, 128
 LONGEST = 128  # width of a head the tiles are meant for
 
 
-def row_max(q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], interpret: bool = False) -> Float[Array, "b n h"]:
+def row_max(
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], interpret: bool = False
+) -> Float[Array, "b n h"]:
     """max_j s_ij with s_ij = q_i·k_j / sqrt(D), the c_i of paper Eq. 5; float32. Not differentiable.
 
     Args:

@@ -100,9 +100,17 @@ def _all_gather(shard, x):
 
 
 def _reduce_scatter(shard, _, cotangent):
-    """In float32: the sum over devices, of numbers rounded on each, loses nothing more to 16 bits."""
-    summed = jax.lax.psum_scatter(cotangent.astype(jnp.float32), shard.axes, scatter_dimension=1, tiled=True)
-    return (summed.astype(cotangent.dtype),)
+    """In float32: the sum over devices, of numbers rounded on each, loses nothing more to 16 bits.
+
+    Over the leading axis and one axis of the mesh after the other: else the TPU compiler makes it an all-reduce, which
+    moves twice as much.
+    """
+    b, rows, *rest = cotangent.shape
+    parts = cotangent.astype(jnp.float32).reshape(b, shard.parts, rows // shard.parts, *rest).swapaxes(0, 1)
+    for axis in shard.axes:
+        parts = parts.reshape(jax.lax.axis_size(axis), -1, *parts.shape[1:])
+        parts = jax.lax.psum_scatter(parts, axis)
+    return (parts[0].astype(cotangent.dtype),)
 
 
 _gather = jax.custom_vjp(_all_gather, nondiff_argnums=(0,))

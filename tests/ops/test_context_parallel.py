@@ -75,7 +75,7 @@ def test_keys_of_s_and_states_are_all_that_travels(grid, rows):
     both, phi = traffic(spec, grid, b, h, True, split("data", "seq"))
     assert {kind: t.bytes for kind, t in both.items()} == {
         "all-gather": keys,
-        "reduce-scatter": keys,
+        "reduce-scatter": keys + keys // 2,  # over two devices, and what is left over the four of the other axis
         "all-reduce": 2 * state + phi,
     }
 
@@ -102,7 +102,7 @@ def test_gradients_of_16_bit_keys_are_summed_in_float32():
     assert run.eval_shape(k).dtype == jnp.bfloat16
     text = run.lower(k).as_text()
     assert re.findall(r"all_gather.*tensor<1x(?:1|8)x1x1x(\w+)>$", text, re.MULTILINE) == ["bf16"]
-    assert re.findall(r"\}\) : \(tensor<1x8x1x1x(\w+)>\) -> tensor<1x1x1x1x\w+>$", text, re.MULTILINE) == ["f32"]
+    assert re.findall(r"\}\) : \(tensor<8x(?:1x)*(\w+)>\) -> tensor<\w+>$", text, re.MULTILINE) == ["f32"]
 
 
 def test_an_unknown_backend_is_told():
@@ -114,14 +114,13 @@ def test_an_unknown_backend_is_told():
 @pytest.mark.parametrize(
     "spec, shape, backend",
     [
-        (AttentionSpec("hybrid", 2), ODD, "tpu"),
-        (AttentionSpec("hybrid", 4, "lattice", FeatureMapSpec("hedgehog"), "lse"), UNEVEN, "tpu"),
-        (AttentionSpec("hybrid", 2), ODD, "gpu"),
+        (AttentionSpec("hybrid", 2, "lattice", FeatureMapSpec("hedgehog"), "lse"), ODD, "tpu"),  # 45 tokens as 4 x 12
+        (AttentionSpec("hybrid", 4), UNEVEN, "gpu"),
     ],
     ids=lambda x: x if isinstance(x, str) else harness.name_of(x),
 )
 def test_kernels_match_the_oracle(spec, shape, backend, monkeypatch):
-    """Interpreted; hedgehog's maps and the lattice on shards of which S starts elsewhere on each."""
+    """Interpreted, where S starts elsewhere on each device."""
     monkeypatch.setattr(harness, "attention", partial(attention, split=split("seq"), backend=backend))
     monkeypatch.setattr(harness, "D", 16 if backend == "gpu" else D)  # the narrowest head that the kernels take
     harness.check(spec, shape[0], make_point(spec, shape))
