@@ -10,8 +10,8 @@ per device instead of two N), and gathers all keys elsewhere.
 c_i of Eq. 5 is a maximum over S, of which each device has all keys: values are those of one device but for rounding.
 """
 
-import dataclasses
 import math
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from hybrid_dit.array_typing import Array, Float, PyTree
-from hybrid_dit.ops import backends
+from hybrid_dit.ops import backends, hybrid
 from hybrid_dit.ops.hybrid import combine, linear_sums, stabilised_sums
 from hybrid_dit.ops.kernels import gpu_hybrid, tpu_hybrid
 from hybrid_dit.ops.shards import Shard, padded_length
@@ -28,7 +28,7 @@ from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Split:
     """How videos and their tokens are split over a mesh.
 
@@ -112,7 +112,7 @@ def shard_attention(
     """
     chosen = backends.choose(backend, spec, q.shape[-1], q.dtype)
     if spec.kind == "softmax":
-        return _softmax(q, k, v, grid, shard)
+        return _softmax(q, k, v, phi, spec, grid, shard, backend, chosen)
     if chosen == "tpu":
         return tpu_hybrid.attention(partial(_mixed, shard=shard), q, k, v, phi, spec, grid, shard)
     if chosen == "gpu":
@@ -128,10 +128,19 @@ def _mixed(q, k, v, phi, spec, grid, shard):
     return combine(softmax, linear_sums(q, k, v, phi, keep, spec, shard.sum)).astype(q.dtype)
 
 
-def _softmax(q, k, v, grid, shard):
+def _softmax(q, k, v, phi, spec, grid, shard, backend, chosen):
     if q.shape[2] % shard.parts:
-        return softmax_attention(q, *(shard.all_keys(x, grid) for x in (k, v)))
-    n = math.prod(grid)
+        plain = partial(_softmax_over_all, shard=shard)
+        if chosen == "tpu":  # hybrid attention whose S is everything is softmax attention
+            return tpu_hybrid.attention(plain, q, k, v, phi, replace(spec, kind="hybrid", rate=1), grid, shard)
+        return plain(q, k, v, phi, spec, grid)
+    n, length = math.prod(grid), q.shape[1] * shard.parts
     exchange = partial(jax.lax.all_to_all, axis_name=shard.axes, tiled=True)
-    q, k, v = (exchange(x, split_axis=2, concat_axis=1) for x in (q, k, v))
-    return exchange(softmax_attention(q, k[:, :n], v[:, :n]), split_axis=1, concat_axis=2)
+    q, k, v = (exchange(x, split_axis=2, concat_axis=1)[:, :n] for x in (q, k, v))
+    y = hybrid.attention(q, k, v, phi, spec=spec, grid=grid, backend=backend)
+    return exchange(jnp.pad(y, ((0, 0), (0, length - n), (0, 0), (0, 0))), split_axis=1, concat_axis=2)
+
+
+def _softmax_over_all(q, k, v, phi, spec, grid, shard):
+    del phi, spec
+    return softmax_attention(q, *(shard.all_keys(x, grid) for x in (k, v)))

@@ -115,6 +115,7 @@ def test_an_unknown_backend_is_told():
     "spec, shape, backend",
     [
         (AttentionSpec("hybrid", 2, "lattice", FeatureMapSpec("hedgehog"), "lse"), ODD, "tpu"),  # 45 tokens as 4 x 12
+        (AttentionSpec(), (UNEVEN[0], 1, 1, 2), "tpu"),  # heads do not divide
         (AttentionSpec("hybrid", 4), UNEVEN, "gpu"),
     ],
     ids=lambda x: x if isinstance(x, str) else harness.name_of(x),
