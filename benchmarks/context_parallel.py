@@ -1,6 +1,6 @@
 """Compiles attention with the tokens of a video split over a pod that is not here; counts the bytes that travel.
 
-    python benchmarks/context_parallel.py --out docs/results/tpu      # needs hybrid_dit[tpu]; MINUTES on two cores
+    python benchmarks/context_parallel.py --out docs/results/tpu      # needs hybrid_dit[tpu]; 3 minutes on two cores
     python benchmarks/context_parallel.py --targets v5e:2x4 --ways 8 --labels R8 linear --backends xla
 
 Every group of chips has one video of Wan2.1 1.3B at 480x832x81: 32,760 tokens, 12 heads of 128, bfloat16, poly feature
@@ -10,8 +10,8 @@ whole array of every collective in the compiled program (`hybrid_dit.hlo`), per 
 floor: what the method must send. Forward, keys and values of S in 16 bits, and state and normaliser in float32;
 backward, the latter again, the gradients of the former in float32, and those of φ's parameters in float32. Of softmax
 attention, all keys and values, and their gradients.
-full_length: the bytes of all keys (or values). At R > 1 no all-gather may have as many (a sum may: it
-holds the gradients of both in 32 bits).
+full_length: the bytes of all keys (or values). At R > 1 no all-gather may have as many (a sum may: it holds
+the gradients of both in 32 bits).
 """
 
 import argparse
