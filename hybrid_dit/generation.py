@@ -81,10 +81,10 @@ def make_velocity(
 ) -> Callable[..., Array]:
     """Returns velocity(params, x, t, (text, count)) for `hybrid_dit.sampling`, on the devices of a mesh or on one.
 
-    `backend` is that of self-attention on one device; see `SplitDiT` for several.
+    `backend` is that of self-attention.
     """
     if mesh is not None and mesh.size > 1:
-        return SplitDiT(wan, attention, dtype, mesh).velocity
+        return SplitDiT(wan, attention, dtype, mesh, backend).velocity
     model = WanDiT(wan, attention, dtype, backend=backend)
 
     def velocity(params, x, t, context):

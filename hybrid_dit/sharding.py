@@ -20,6 +20,7 @@ from hybrid_dit import processes
 from hybrid_dit.array_typing import PyTree
 from hybrid_dit.convert import tables
 from hybrid_dit.errors import UserError
+from hybrid_dit.ops.context_parallel import Split
 from hybrid_dit.rules import assign, like
 
 AXIS = "data"
@@ -192,39 +193,38 @@ def param_shardings(mesh: Mesh, params: Mapping, rules: Rules = DIT_RULES) -> Py
     return like(params, out)
 
 
-def split_activations(place: NamedSharding, tokens: int, heads: int) -> AbstractContextManager:
+def context_split(mesh: Mesh) -> Split | None:
+    """Returns how attention splits the tokens of a video over SEQ; None on a mesh that doesn't."""
+    return Split(mesh, (SEQ,), _batch_axes(mesh)) if dict(mesh.shape).get(SEQ, 1) > 1 else None
+
+
+def split_activations(place: NamedSharding, tokens: int) -> AbstractContextManager:
     """In this context, a DiT is traced such that outputs of its dense layers are split by videos, and by tokens (SEQ).
 
     Without it XLA may choose to gather the activations of the whole batch and to split a matrix product instead.
-    Self-attention sees whole sequences: between the projections q, k, v and o, heads are split over SEQ in place of
-    tokens, which costs an exchange of q, k, v and of the output, and suits every kind of attention.
+    Self-attention itself must be split over SEQ too: `context_split`.
 
     Args:
         place: of the batch, from `batch_sharding`.
         tokens: of a video.
-        heads: of attention.
 
     Raises:
-        UserError: tokens or heads don't divide over SEQ.
+        UserError: tokens don't divide over SEQ.
     """
     mesh, videos = place.mesh, place.spec[0] if place.spec else None
     seq = dict(mesh.shape).get(SEQ, 1)
-    if tokens % seq or heads % seq:
-        raise UserError(f"mesh.seq={seq} must divide {tokens} tokens and {heads} heads; choose another")
+    if tokens % seq:
+        raise UserError(f"mesh.seq={seq} must divide {tokens} tokens; choose another")
 
     def split(x, *axes):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(videos, *axes)))
 
     def keep(layer, args, kwargs, context):
-        out, module = layer(*args, **kwargs), context.module
-        if not isinstance(module, nn.Dense | nn.RMSNorm):
+        out = layer(*args, **kwargs)
+        if not isinstance(context.module, nn.Dense):
             return out
         of_video = seq > 1 and out.ndim == 3 and out.shape[1] == tokens
-        if of_video and module.path[-2:] in [("self_attn", name) for name in ("norm_q", "norm_k", "v")]:
-            return split(split(out, SEQ), None, SEQ)  # [b, n, h * d], heads first
-        if isinstance(module, nn.Dense):
-            return split(out, SEQ) if of_video else split(out)
-        return out
+        return split(out, SEQ) if of_video else split(out)
 
     return nn.intercept_methods(keep)
 

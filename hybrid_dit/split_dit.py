@@ -1,12 +1,10 @@
 """A DiT's velocity on several devices: videos split over groups of devices, the tokens of a video within a group.
 
 Parameters may be whole on every device or split over all of them (`sharding.DIT_RULES`); then a block's are gathered
-when it runs. Queries stay where their tokens are, and every device of a group gets all keys of its videos; the state of
-linear attention is summed over the group.
+when it runs. Attention is that of `ops.context_parallel`: of hybrid blocks only softmax tokens' keys and values travel.
 """
 
 import dataclasses
-import math
 from functools import partial
 
 import jax
@@ -15,11 +13,10 @@ from jax.sharding import Mesh
 
 from hybrid_dit.array_typing import Array, DTypeLike
 from hybrid_dit.models.wan import WanBlock, WanConfig, WanEmbedding, WanHead
-from hybrid_dit.ops.hybrid import combine, linear_part, softmax_part
-from hybrid_dit.ops.softmax import softmax_attention
+from hybrid_dit.ops.context_parallel import Split, attention
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.placement import Placement
-from hybrid_dit.sharding import BLOCK, SEQ
+from hybrid_dit.sharding import AXIS, BLOCK, SEQ
 
 TOKENS = (BLOCK, SEQ)  # axes of the mesh that tokens are split over
 
@@ -33,12 +30,14 @@ class SplitDiT:
         attention: one spec per block; empty: softmax everywhere.
         dtype: of activations.
         mesh: from `sharding.distill_mesh`.
+        backend: of self-attention, see `ops.backends`.
     """
 
     config: WanConfig
     attention: tuple[AttentionSpec, ...]
     dtype: DTypeLike
     mesh: Mesh
+    backend: str = "auto"
 
     def velocity(self, params, x: Array, t: Array, context: tuple[Array, Array]) -> Array:
         """As `generation.make_velocity` returns: x [b, t, y, x, c], t [b], context (text, count) -> like x, float32."""
@@ -57,11 +56,10 @@ class SplitDiT:
             block, phi, which = xs
             block = jax.tree.map_with_path(partial(self._gather, place), block)
             phi = jax.tree.map(place.whole, phi)
+            run = partial(attention, grid=grid, split=Split(self.mesh, TOKENS, (AXIS,)), backend=self.backend)
 
             def attend(q, k, v):
-                q, k, v = (place.split(a, TOKENS) for a in (q, k, v))
-                branches = [partial(self._attention, place, grid, spec) for spec in distinct]
-                return jax.lax.switch(which, branches, q, k, v, phi), ()
+                return jax.lax.switch(which, [partial(run, spec=spec) for spec in distinct], q, k, v, phi), ()
 
             layer = WanBlock(self.config, (), grid, self.dtype, attend)
             out, _ = layer.apply({"params": block}, tokens, 0, {}, *conditions)
@@ -75,13 +73,3 @@ class SplitDiT:
     def _gather(self, place: Placement, path, leaf: Array) -> Array:
         """A block's parameter whole on every device; matrices in the dtype they are used in, half the traffic."""
         return place.whole(leaf.astype(self.dtype) if path[-1].key == "kernel" else leaf)
-
-    def _attention(self, place: Placement, grid, spec: AttentionSpec, q, k, v, phi) -> Array:
-        keys = math.prod(grid)
-        if spec.kind == "softmax":
-            return place.over_queries(softmax_attention, TOKENS, keys)(q, k, v)
-        part = partial(softmax_part, spec=spec, grid=grid)
-        if spec.kind == "hybrid":  # linear attention's are scalar zeros
-            part = place.over_queries(part, TOKENS, keys)
-        sums = part(q, k, v)
-        return combine(sums, linear_part(q, k, v, phi, spec, grid)).astype(q.dtype)

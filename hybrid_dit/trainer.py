@@ -149,7 +149,7 @@ class Trainer:
         gradient = jax.value_and_grad(loss, has_aux=True)
         place = sharding.batch_sharding(self.mesh, len(batch.latents) // parts)
         tokens = math.prod(self.wan.grid(batch.latents.shape))
-        with sharding.split_activations(place, tokens, self.wan.num_heads):
+        with sharding.split_activations(place, tokens):
             if parts == 1:
                 (value, errors), grads = gradient(trained, samples)
             else:
@@ -199,11 +199,12 @@ class Trainer:
             remat = "block" if tokens * self.wan.dim * self.wan.num_layers > MAX_KEPT else "none"
         x = flow.noisy(samples.latents, samples.noise, samples.level)
         inputs = x, TRAIN_STEPS * samples.level, samples.text, samples.count
-        velocity = WanDiT(self.wan, self.attention, self.dtype, remat, self.backend).apply({"params": params}, *inputs)
+        how = {"dtype": self.dtype, "backend": self.backend, "split": sharding.context_split(self.mesh)}
+        velocity = WanDiT(self.wan, self.attention, remat=remat, **how).apply({"params": params}, *inputs)
         errors = {"flow": flow.squared_error(velocity, flow.target(samples.latents, samples.noise))}
         if teacher is None:
             return errors["flow"].mean(), errors
-        wanted = WanDiT(self.wan, dtype=self.dtype, backend=self.backend).apply({"params": teacher}, *inputs)
+        wanted = WanDiT(self.wan, **how).apply({"params": teacher}, *inputs)
         errors["teacher"] = flow.squared_error(velocity, jax.lax.stop_gradient(wanted))
         return errors["flow"].mean() + self.cfg.teacher * errors["teacher"].mean(), errors
 

@@ -18,7 +18,7 @@ from einops import rearrange
 
 from hybrid_dit.array_typing import Array, DTypeLike, Float, Int
 from hybrid_dit.errors import UserError
-from hybrid_dit.ops import feature_maps
+from hybrid_dit.ops import context_parallel, feature_maps
 from hybrid_dit.ops.hybrid import attention
 from hybrid_dit.ops.rope import apply_rope, rope_table
 from hybrid_dit.ops.spec import AttentionSpec
@@ -92,6 +92,7 @@ class WanDiT(nn.Module):
         dtype: of activations and matrix products; parameters, norms and modulation stay float32.
         remat: what the backward pass recomputes instead of keeping it, a name of `REMAT`.
         backend: of self-attention, see `ops.backends`.
+        split: how self-attention splits the tokens of a video over devices (`ops.context_parallel`); None: it doesn't.
     """
 
     config: WanConfig
@@ -99,6 +100,7 @@ class WanDiT(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
     backend: str = "auto"
+    split: context_parallel.Split | None = None
 
     @nn.compact
     def __call__(
@@ -143,7 +145,7 @@ class WanDiT(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, *(nn.broadcast,) * len(conditions)),
             length=cfg.num_layers,
-        )(cfg, distinct, grid, self.dtype, backend=self.backend, name="blocks")
+        )(cfg, distinct, grid, self.dtype, backend=self.backend, split=self.split, name="blocks")
         which = jnp.asarray([distinct.index(s) for s in specs], jnp.int32) if choice is None else choice
         x, _ = blocks(x, which, phi, *conditions)
         return head(x, time, grid)
@@ -237,6 +239,7 @@ class WanBlock(nn.Module):
     dtype: DTypeLike
     attend: Callable | None = None
     backend: str = "auto"
+    split: context_parallel.Split | None = None
 
     @nn.compact
     def __call__(self, x, which, phi, time6, text, text_bias, rope):
@@ -246,8 +249,8 @@ class WanBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation + time6, 6, axis=1)
 
         y = (layer_norm(x, cfg.eps) * (1 + scale1) + shift1).astype(self.dtype)
-        attention_ = SelfAttention(cfg, self.specs, self.grid, self.dtype, self.attend, self.backend, name="self_attn")
-        y = attention_(y, which, phi, rope)
+        how = self.specs, self.grid, self.dtype, self.attend, self.backend, self.split
+        y = SelfAttention(cfg, *how, name="self_attn")(y, which, phi, rope)
         x = (x.astype(jnp.float32) + y * gate1).astype(self.dtype)
 
         y = nn.LayerNorm(epsilon=cfg.eps, name="norm3", dtype=jnp.float32)(x).astype(self.dtype)
@@ -273,6 +276,7 @@ class SelfAttention(nn.Module):
     dtype: DTypeLike
     attend: Callable | None = None
     backend: str = "auto"
+    split: context_parallel.Split | None = None
 
     @nn.compact
     def __call__(self, x, which, phi, rope):
@@ -291,6 +295,8 @@ class SelfAttention(nn.Module):
     def _by_spec(self, q, k, v, which, phi):
         # Checkpointed, so that a switch keeps q, k, v for the backward pass and not every branch's internals.
         attend = partial(attention, grid=self.grid, backend=self.backend)
+        if self.split is not None:
+            attend = partial(context_parallel.attention, grid=self.grid, backend=self.backend, split=self.split)
         branches = [jax.checkpoint(partial(attend, spec=spec)) for spec in self.specs]
         return branches[0](q, k, v, phi) if len(branches) == 1 else jax.lax.switch(which, branches, q, k, v, phi)
 

@@ -17,7 +17,7 @@ def choose(backend: str, spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -
     width other than 128 on a TPU, float16, on a GPU float32) runs on XLA whatever is asked for. "auto" is "tpu" in a
     process with one TPU and "xla" everywhere else: the compiler can't split a kernel over several devices by itself,
     and the GPU's kernels have been compiled for Hopper but not run yet. Ask for "gpu" where you can check them, and
-    for "tpu" or "gpu" inside `shard_map` (with check_vma=False).
+    for "tpu" or "gpu" inside `shard_map` (with check_vma=False), as `ops.context_parallel` runs attention.
 
     Raises:
         UserError: an unknown name.

@@ -60,6 +60,13 @@ def softmax_part(
     else:
         index = softmax_tokens(grid, spec.rate, spec.pattern)
         k, v = jnp.take(k, index, axis=1), jnp.take(v, index, axis=1)
+    return stabilised_sums(q, k, v, spec)
+
+
+def stabilised_sums(
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"], spec: AttentionSpec
+) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
+    """`softmax_part` from S's keys and values alone."""
     numerator, denominator, _ = softmax_sums(q, k, v)
     if spec.stabiliser == "lse":
         # c_i = log Σ exp(s_ij) instead of the maximum; held fixed in the gradient, as the maximum is.
@@ -85,12 +92,35 @@ def linear_part(
     """
     if backends.choose(backend, spec, q.shape[-1], q.dtype) == "gpu":
         return gpu_hybrid.linear_part(q, k, v, phi, spec, grid)
+    return linear_sums(q, k, v, phi, jnp.asarray(linear_keys(grid, spec, k.shape[1])), spec)
+
+
+def linear_sums(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b m h d"],
+    v: Float[Array, "b m h d"],
+    phi: PyTree,
+    keep: Float[Array, "m"],
+    spec: AttentionSpec,
+    total: Callable[[PyTree], PyTree] = lambda sums: sums,
+) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
+    """`linear_part` for the keys that `keep` is 1 for, in XLA operations.
+
+    Args:
+        q: queries, all of them or a shard.
+        k: keys, likewise.
+        v: values.
+        phi: parameters of the feature maps.
+        keep: 1.0 for the keys of L, 0.0 for the others.
+        spec: of the attention.
+        total: makes (state, normaliser) of the keys at hand those of all keys; they are float32.
+    """
     head_first, head_last, product = feature_maps.head_first, feature_maps.head_last, feature_maps.product
     phi_q, phi_k = (head_first(x) for x in feature_maps.apply_pair(phi, q, k, spec.feature_map))
-    keep = jnp.asarray(linear_keys(grid, spec, k.shape[1]), v.dtype)
-    state = product("hbnf,hbnd->hbfd", phi_k, head_first(v) * keep[:, None])
+    state = product("hbnf,hbnd->hbfd", phi_k, head_first(v) * keep.astype(v.dtype)[:, None])
     # Sums, not products with a vector: they are fused with what reads φ, which else is first written out in float32.
-    normaliser = (phi_k.astype(jnp.float32) * keep.astype(jnp.float32)[:, None]).sum(axis=2)
+    normaliser = (phi_k.astype(jnp.float32) * keep[:, None]).sum(axis=2)
+    state, normaliser = total((state, normaliser))
     numerator = sum(product("hbnf,hbfd->hbnd", phi_q, part) for part in _parts(state, phi_q.dtype))
     denominator = (phi_q.astype(jnp.float32) * normaliser[:, :, None]).sum(axis=3)
     return head_last(numerator), head_last(denominator)

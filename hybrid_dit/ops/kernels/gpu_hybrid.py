@@ -18,6 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from hybrid_dit.array_typing import Array, DTypeLike, Float, PyTree
 from hybrid_dit.ops.kernels import gpu_linear, gpu_linear_backward, gpu_phi, gpu_softmax
 from hybrid_dit.ops.kernels.gpu_tiles import LONGEST, TINY, Tiles
+from hybrid_dit.ops.shards import Shard
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid, linear_keys, softmax_tokens
 
@@ -34,6 +35,7 @@ class How:
         sizes: of tiles.
         softmax: whose kernels take the softmax part, of `SOFTMAX`.
         interpret: run on any platform, slowly; "triton" only.
+        shard: inside `shard_map`, which part of a video's rows q, k and v are; `grid` is of the whole.
     """
 
     spec: AttentionSpec
@@ -41,6 +43,11 @@ class How:
     sizes: Tiles
     softmax: str
     interpret: bool
+    shard: Shard | None = None
+
+    def total(self, sums: PyTree) -> PyTree:
+        """Sums over tokens, given those of the rows at hand."""
+        return sums if self.shard is None else self.shard.sum(sums)
 
 
 def fits(spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -> bool:
@@ -70,6 +77,7 @@ def attention(
     sizes: Tiles | None = None,
     softmax: str | None = None,
     interpret: bool | None = None,
+    shard: Shard | None = None,
 ) -> Float[Array, "b n h d"]:
     """Eq. 5 in the dtype of `q`; arguments, values and derivatives as of `ops.hybrid.attention`.
 
@@ -83,8 +91,9 @@ def attention(
         sizes: of tiles.
         softmax: whose kernels take the softmax part, of `SOFTMAX`; cuDNN's where there is a GPU.
         interpret: run on any platform, slowly; where there is no GPU.
+        shard: see `How`.
     """
-    how = _how(spec, grid, sizes, softmax, interpret)
+    how = dataclasses.replace(_how(spec, grid, sizes, softmax, interpret), shard=shard)
     # Taken here, so that their gradients find their way back to all keys by themselves.
     softmax_keys = None if spec.kind == "linear" else tuple(_softmax_rows(x, how) for x in (k, v))
     return _attention(how, q, k, v, softmax_keys, phi)
@@ -92,6 +101,8 @@ def attention(
 
 def _softmax_rows(x: Array, how: How) -> Array:
     """Rows of S, [b, m, h, d]."""
+    if how.shard is not None:
+        return how.shard.softmax_keys(x, how.grid, how.spec)
     n = how.grid[0] * how.grid[1] * how.grid[2]
     if how.spec.pattern == "stride":
         return x[:, : n : how.spec.rate]
@@ -229,6 +240,7 @@ def _linear_backward(how, q, k, v, phi, sums, dn, dl, inputs: bool):
     dy_q, dstate, dnormaliser = gpu_linear_backward.query(
         q, dn, dl, weights_q, (state.astype(q.dtype), normaliser), *rest
     )
+    dstate, dnormaliser = how.total((dstate, dnormaliser))
     dsums = dstate.astype(k.dtype), dnormaliser
     dy_k, dv = gpu_linear_backward.key(k, v, _keep(how, k), weights_k, dsums, *rest, values=inputs)
     dphi = jax.tree.map(jnp.zeros_like, phi)
@@ -249,10 +261,12 @@ def _unpadded(gradients, phi) -> dict[str, Array]:
 
 
 def _state(how, k, v, phi):
-    return gpu_linear.state(k, v, _keep(how, k), _weights(phi, _keys_map(how.spec), k), *_rest(how))
+    return how.total(gpu_linear.state(k, v, _keep(how, k), _weights(phi, _keys_map(how.spec), k), *_rest(how)))
 
 
 def _keep(how, k) -> Array:
+    if how.shard is not None:
+        return how.shard.linear_keys(how.grid, how.spec, k.shape[1])
     return jnp.asarray(linear_keys(how.grid, how.spec, k.shape[1]))
 
 

@@ -29,6 +29,7 @@ from hybrid_dit.ops.kernels.tpu_blocks import (
     ONES,
     TINY,
     compiler_params,
+    first_spec,
     in_hbm,
     in_linear,
     per_head,
@@ -43,7 +44,7 @@ from hybrid_dit.ops.tokens import softmax_tokens
 LARGEST = 4096  # tokens of a tile of kernel B that has to be a multiple of R
 
 
-def queries(rows, stats, softmax, params, sums, heads, spec, blocks, interpret):
+def queries(rows, stats, softmax, params, sums, heads, spec, blocks, interpret, total=lambda sums: sums):
     """Gradients of q [b, n, h·d]; of S's k and v [b, m or more, h·d] float32; of state and normaliser; of φ_q.
 
     Args:
@@ -51,11 +52,12 @@ def queries(rows, stats, softmax, params, sums, heads, spec, blocks, interpret):
         stats: what `tpu_forward.outputs` keeps.
         softmax: S's keys and values, [b, m, h·d] each; empty without S.
         params: of φ_q in float32; empty without L.
-        sums: state and normaliser, as of `tpu_forward.state`; empty without L.
+        sums: state and normaliser, as of `tpu_forward.in_parts`; empty without L.
         heads: H.
         spec: what was computed.
         blocks: tile sizes.
         interpret: as in `tpu_hybrid.backward`.
+        total: makes gradients of state and normaliser, float32, those from all queries, where these are a part.
 
     Returns:
         dq; (dk, dv) or (); ([b, h, d, f] in the dtype of q, [b, h, 1, f] float32) or (); {name: [h, ...]} float32.
@@ -75,7 +77,8 @@ def queries(rows, stats, softmax, params, sums, heads, spec, blocks, interpret):
         dkeys = tuple(jnp.concatenate(x, axis=1) for x in zip(*dkeys))
     if sums:
         d = rows[0].shape[2] // heads
-        dstate = dstate[:, :, :d].astype(rows[0].dtype), dstate[:, :, d : d + 2].sum(axis=2, keepdims=True)
+        dstate, dnormaliser = total((dstate[:, :, :d], dstate[:, :, d : d + 2].sum(axis=2, keepdims=True)))
+        dstate = dstate.astype(rows[0].dtype), dnormaliser
     return dq, dkeys, dstate, jax.tree.map(lambda x: x.sum(axis=0), dparams)
 
 
@@ -250,8 +253,10 @@ def _pull(pull, dphi, dparams):
 # Kernel B: keys
 
 
-def keys(k, v, softmax_grads, params, state_grads, heads, spec, grid, blocks, interpret):
+def keys(k, v, softmax_grads, params, state_grads, heads, spec, grid, blocks, interpret, first=None):
     """Gradients of k, v [b, n, h·d], of S's tokens too, and of φ_k {name: [h, ...]} float32.
+
+    Without `softmax_grads`, those of v at rows that are not in L are of no meaning.
 
     Args:
         k: keys of all tokens, [b, n, h·d].
@@ -264,6 +269,7 @@ def keys(k, v, softmax_grads, params, state_grads, heads, spec, grid, blocks, in
         grid: of the tokens.
         blocks: tile sizes.
         interpret: as in `tpu_hybrid.backward`.
+        first: as in `tpu_forward.state`.
     """
     b, n, d = k.shape[0], k.shape[1], k.shape[2] // heads
     multiple = math.lcm(LANES, 8 * spec.rate)
@@ -282,6 +288,7 @@ def keys(k, v, softmax_grads, params, state_grads, heads, spec, grid, blocks, in
             jax.tree.map(per_head, params),
             jax.tree.map(per_video_and_head, state_grads),
             jax.tree.map(lambda x: rows, given),
+            first_spec(first),
         ],
         out_specs=(tile, tile, jax.tree.map(per_video_and_head, dparams)),
         out_shape=(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)), dparams),
@@ -289,7 +296,7 @@ def keys(k, v, softmax_grads, params, state_grads, heads, spec, grid, blocks, in
         compiler_params=compiler_params(blocks.back_vmem, "parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="hybrid_back_keys",
-    )(k, v, params, state_grads, in_hbm(given, interpret))
+    )(k, v, params, state_grads, in_hbm(given, interpret), first)
     if softmax_grads and not inside:
         dk, dv = (_placed(x, y, spec, grid) for x, y in zip((dk, dv), softmax_grads))
     return dk, dv, jax.tree.map(lambda x: x.sum(axis=0), dparams)
@@ -301,7 +308,9 @@ def _placed(x: Array, rows: Array, spec: AttentionSpec, grid) -> Array:
     return x.at[:, index].set(rows[:, : len(index)].astype(x.dtype), unique_indices=True, indices_are_sorted=True)
 
 
-def _keys_kernel(k_ref, v_ref, params, state_grads, given, dk_ref, dv_ref, dparams, *wide_refs, spec, grid, n, chunk):
+def _keys_kernel(
+    k_ref, v_ref, params, state_grads, given, origin, dk_ref, dv_ref, dparams, *wide_refs, spec, grid, n, chunk
+):
     t = pl.program_id(2)
 
     @pl.when(t == 0)
@@ -319,7 +328,7 @@ def _keys_kernel(k_ref, v_ref, params, state_grads, given, dk_ref, dv_ref, dpara
         dstate, dnormaliser = state_grads[0][...], state_grads[1][...]
         phi, pull = _map(wide, k, spec)
         token = first + jax.lax.broadcasted_iota(jnp.int32, (1, k.shape[0]), 1)
-        keep = _columns(((token < n) & in_linear(token, spec, grid)).astype(jnp.float32), dstate.shape[1])
+        keep = _columns(((token < n) & in_linear(token, spec, grid, origin)).astype(jnp.float32), dstate.shape[1])
         dk = _pull(pull, (dot(v, dstate) + dnormaliser) * keep, dparams)
         dv = dot(phi, dstate, contract=(1, 1))
         for i, (ref, x) in enumerate([(dk_ref, dk), (dv_ref, dv)]):

@@ -1,6 +1,7 @@
 """What the TPU kernels share: tile sizes per generation, and how tiles are cut, masked and read."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -120,8 +121,23 @@ def zeros_past_end(x: Array, start: Array, n: int, used: int) -> Array:
     return jnp.concatenate([x[:used], jnp.where(row < n, x[used:], 0.0)])
 
 
-def in_linear(token: Array, spec: AttentionSpec, grid: Grid) -> Array:
-    """Whether tokens, int32, are in L: `ops.tokens.linear_mask` without an array in memory."""
+def first_spec(first: Array | None) -> pl.BlockSpec | None:
+    """The whole of `first`, the number of the first row's token, int32 [1], in scalar memory."""
+    return None if first is None else pl.BlockSpec(memory_space=pltpu.SMEM)
+
+
+def in_linear(token: Array, spec: AttentionSpec, grid: Grid, first=None) -> Array:
+    """Whether tokens, int32, are in L: `ops.tokens.linear_mask` without an array in memory.
+
+    Args:
+        token: their numbers.
+        spec: of the attention.
+        grid: of the tokens.
+        first: reference to what is added to the numbers; then tokens past the end of the grid are not in L.
+    """
+    if first is not None:
+        token += first[0]
+        return (token < math.prod(grid)) & in_linear(token, spec, grid)
     if spec.kind == "linear":
         return token >= 0
     if spec.pattern == "stride":

@@ -19,6 +19,7 @@ from hybrid_dit.ops.kernels.tpu_blocks import (
     ONES,
     TINY,
     compiler_params,
+    first_spec,
     in_hbm,
     in_linear,
     per_head,
@@ -31,33 +32,39 @@ from hybrid_dit.ops.kernels.tpu_blocks import (
 # Kernel A: state and normaliser of the linear part
 
 
-def state(k, v, params, heads, spec, grid, blocks, interpret):
-    """Σ v_j φ_k(k_j)ᵀ over L [b, h, parts, d, f], the sum of parts of the inputs' dtype, and Σ φ_k(k_j) [b, h, 1, f].
+def state(k, v, params, heads, spec, grid, blocks, interpret, first=None):
+    """Σ v_j φ_k(k_j)ᵀ over L [b, h, d, f], and Σ φ_k(k_j) [b, h, 1, f]; float32.
 
     Transposed, since v is narrower than φ_k(k), the other candidate for a transpose on the way into the matrix unit.
+    `first`, int32 [1], is the token of the first row, where rows are a part of a video; those past the grid's end pad.
     """
     b, n, d = k.shape[0], k.shape[1], k.shape[2] // heads
     f = tile_features.width(spec.feature_map, d)
     count, size = tiles(n, blocks.state, LANES)
     tile = pl.BlockSpec((None, size, d), lambda i, j, t: (i, t, j))
     shapes = jax.ShapeDtypeStruct((b, heads, d, f), jnp.float32), jax.ShapeDtypeStruct((b, heads, 1, f), jnp.float32)
-    state, normaliser = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_state_kernel, spec=spec, grid=grid, n=n),
         grid=(b, heads, count),
-        in_specs=[tile, tile, jax.tree.map(per_head, params)],
+        in_specs=[tile, tile, jax.tree.map(per_head, params), first_spec(first)],
         out_specs=tuple(per_video_and_head(x) for x in shapes),
         out_shape=shapes,
         compiler_params=compiler_params(blocks.vmem, "parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="hybrid_state",
-    )(k, v, params)
-    if k.dtype == jnp.float32:
+    )(k, v, params, first)
+
+
+def in_parts(sums, dtype):
+    """The state as [b, h, parts, d, f], the sum of parts of `dtype`, for `outputs`; the normaliser as it is."""
+    state, normaliser = sums
+    if dtype == jnp.float32:
         return state[:, :, None], normaliser
-    high = state.astype(k.dtype)
-    return jnp.stack([high, (state - high.astype(jnp.float32)).astype(k.dtype)], axis=2), normaliser
+    high = state.astype(dtype)
+    return jnp.stack([high, (state - high.astype(jnp.float32)).astype(dtype)], axis=2), normaliser
 
 
-def _state_kernel(k_ref, v_ref, params, state_ref, normaliser_ref, *, spec, grid, n):
+def _state_kernel(k_ref, v_ref, params, first, state_ref, normaliser_ref, *, spec, grid, n):
     t = pl.program_id(2)
 
     @pl.when(t == 0)
@@ -72,7 +79,7 @@ def _state_kernel(k_ref, v_ref, params, state_ref, normaliser_ref, *, spec, grid
     phi = tile_features.apply(read(params), k, spec.feature_map)
     # Tokens along lanes, where a mask is a few registers wide; a row of ones beside v makes the normaliser a product.
     token = t * size + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
-    keep = (token < n) & in_linear(token, spec, grid)
+    keep = (token < n) & in_linear(token, spec, grid, first)
     ones = jnp.ones((ONES, size), phi.dtype)
     sums = dot(jnp.where(keep, jnp.concatenate([v_ref[...].T, ones]), 0.0), phi)
     state_ref[...] += sums[:d]
@@ -92,7 +99,7 @@ def outputs(q, softmax, params, sums, heads, spec, blocks, interpret, keep):
         q: queries [b, n, h·d].
         softmax: S's keys and values, [b, m, h·d] each; empty without S.
         params: of φ_q; empty without L.
-        sums: state and normaliser; empty without L.
+        sums: state and normaliser, from `in_parts`; empty without L.
         heads: H.
         spec: what to compute.
         blocks: tile sizes.

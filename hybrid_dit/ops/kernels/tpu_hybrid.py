@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from hybrid_dit.array_typing import Array, DTypeLike, Float, PyTree
 from hybrid_dit.ops.kernels import tile_features, tpu_backward, tpu_forward
 from hybrid_dit.ops.kernels.tpu_blocks import LANES, Blocks, default_blocks, flat
+from hybrid_dit.ops.shards import Shard
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid, softmax_tokens
 
@@ -41,6 +42,7 @@ def forward(
     grid: Grid,
     blocks: Blocks | None = None,
     interpret: Interpret = False,
+    shard: Shard | None = None,
 ) -> Float[Array, "b n h d"]:
     """Eq. 5 in the dtype of `q`; arguments and values as of `ops.hybrid.attention`. Not differentiable.
 
@@ -53,8 +55,9 @@ def forward(
         grid: of the tokens.
         blocks: tile sizes; the table's for this TPU unless given.
         interpret: run on any platform, slowly.
+        shard: inside `shard_map`, which part of a video's rows q, k and v are; `grid` is of the whole.
     """
-    y, _ = _forward(q, k, v, phi, spec, grid, blocks or default_blocks(), interpret, keep=False)
+    y, _ = _forward(q, k, v, phi, spec, grid, blocks or default_blocks(), interpret, shard, keep=False)
     return y
 
 
@@ -68,19 +71,22 @@ def forward_and_residuals(
     grid: Grid,
     blocks: Blocks | None = None,
     interpret: Interpret = False,
+    shard: Shard | None = None,
 ) -> tuple[Float[Array, "b n h d"], PyTree]:
     """As `forward`, with what `backward` needs too: y, two numbers per row, state and normaliser of the linear part."""
-    y, kept = _forward(q, k, v, phi, spec, grid, blocks or default_blocks(), interpret, keep=True)
+    y, kept = _forward(q, k, v, phi, spec, grid, blocks or default_blocks(), interpret, shard, keep=True)
     return y, (y, *kept)
 
 
-def _forward(q, k, v, phi, spec, grid, blocks, interpret, keep):
+def _forward(q, k, v, phi, spec, grid, blocks, interpret, shard, keep):
     heads, sums, params = q.shape[2], (), {}
     if _has_linear(spec):
         keys_map = tile_features.operands(phi[_keys_side(spec)], k.dtype)
-        sums = tpu_forward.state(flat(k), flat(v), keys_map, heads, spec, grid, blocks, interpret)
+        rest = heads, spec, grid, blocks, interpret, _first(shard, k)
+        sums = tpu_forward.state(flat(k), flat(v), keys_map, *rest)
+        sums = tpu_forward.in_parts(sums if shard is None else shard.sum(sums), k.dtype)
         params = tile_features.operands(phi["q"], q.dtype)
-    softmax = _softmax_pair(k, v, spec, grid)
+    softmax = _softmax_pair(k, v, spec, grid, shard)
     y, stats = tpu_forward.outputs(flat(q), softmax, params, sums, heads, spec, blocks, interpret, keep)
     return y.reshape(q.shape), (stats, sums)
 
@@ -97,6 +103,7 @@ def backward(
     grid: Grid,
     blocks: Blocks | None = None,
     interpret: Interpret = False,
+    shard: Shard | None = None,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h d"], Float[Array, "b n h d"], PyTree]:
     """The gradient of Eq. 5, c_i held fixed, with respect to q, k, v, φ, each in its dtype.
 
@@ -111,21 +118,31 @@ def backward(
         grid: of the tokens.
         blocks: tile sizes; the table's for this TPU unless given.
         interpret: run on any platform, slowly.
+        shard: inside `shard_map`, which part of a video's rows q, k and v are; `grid` is of the whole.
     """
     blocks = blocks or default_blocks()
     y, stats, sums = residuals
     heads, linear, side = q.shape[2], _has_linear(spec), _keys_side(spec)
     params = {name: tile_features.operands(phi[name], jnp.float32) for name in ("q", side)} if linear else {"q": {}}
     rows = tuple(flat(x) for x in (q, cotangent, y))
+    softmax = _softmax_pair(k, v, spec, grid, shard)
     dq, softmax_grads, state_grads, dphi_q = tpu_backward.queries(
-        rows, stats, _softmax_pair(k, v, spec, grid), params["q"], sums, heads, spec, blocks, interpret
+        rows, stats, softmax, params["q"], sums, heads, spec, blocks, interpret, *([shard.sum] if shard else [])
     )
+    if shard is not None and softmax:
+        back = functools.partial(shard.softmax_keys_back, grid=grid, spec=spec, length=k.shape[1])
+        sent, softmax_grads = [back(x[:, : y.shape[1]]) for x, y in zip(softmax_grads, softmax)], ()
+        if not linear:
+            softmax_grads = sent
     if not linear:
         dk, dv = (x[:, : k.shape[1]].astype(k.dtype) for x in softmax_grads)
         return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), jax.tree.map(jnp.zeros_like, phi)
-    dk, dv, dphi_k = tpu_backward.keys(
-        flat(k), flat(v), softmax_grads, params[side], state_grads, heads, spec, grid, blocks, interpret
-    )
+    rest = heads, spec, grid, blocks, interpret, _first(shard, k)
+    dk, dv, dphi_k = tpu_backward.keys(flat(k), flat(v), softmax_grads, params[side], state_grads, *rest)
+    if shard is not None:  # each row has a gradient as a key of S or of L, or none
+        dv = jnp.where(shard.linear_keys(grid, spec, k.shape[1])[:, None] > 0, dv, 0)
+        if softmax:
+            dk, dv = ((x.astype(jnp.float32) + y).astype(x.dtype) for x, y in zip((dk, dv), sent))
     grads = {"q": dphi_q, "k": {}}
     grads[side] = jax.tree.map(jnp.add, dphi_q, dphi_k) if side == "q" else dphi_k
     dphi = jax.tree.map(lambda g, p: g.reshape(p.shape).astype(p.dtype), grads, phi)
@@ -142,9 +159,18 @@ def _keys_side(spec: AttentionSpec) -> str:
     return "q" if spec.feature_map.shared else "k"
 
 
-def _softmax_pair(k: Array, v: Array, spec: AttentionSpec, grid: Grid) -> tuple[Array, ...]:
+def _softmax_pair(k: Array, v: Array, spec: AttentionSpec, grid: Grid, shard: Shard | None) -> tuple[Array, ...]:
     """S's keys and values, [b, m, h·d] each; empty without S."""
-    return () if spec.kind == "linear" else tuple(flat(_softmax_rows(x, spec, grid)) for x in (k, v))
+    if spec.kind == "linear":
+        return ()
+    if shard is not None:
+        return tuple(shard.softmax_keys(flat(x), grid, spec) for x in (k, v))
+    return tuple(flat(_softmax_rows(x, spec, grid)) for x in (k, v))
+
+
+def _first(shard: Shard | None, k: Array) -> Array | None:
+    """The number of the first row's token, [1]."""
+    return None if shard is None else shard.first(k.shape[1])[None]
 
 
 def _softmax_rows(x: Array, spec: AttentionSpec, grid: Grid) -> Array:
@@ -156,20 +182,22 @@ def _softmax_rows(x: Array, spec: AttentionSpec, grid: Grid) -> Array:
     return jnp.take(x, softmax_tokens(grid, spec.rate, spec.pattern), axis=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
-def attention(xla, q: Array, k: Array, v: Array, phi: PyTree, spec: AttentionSpec, grid: Grid) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6, 7))
+def attention(
+    xla, q: Array, k: Array, v: Array, phi: PyTree, spec: AttentionSpec, grid: Grid, shard: Shard | None = None
+) -> Array:
     """Eq. 5, differentiable: fused where the program is for a TPU; elsewhere the same kernels interpreted, slowly.
 
     Args:
         xla: the same function (q, k, v, phi, spec, grid) of XLA operations, for heads that a TPU does not take.
-        q, k, v, phi, spec, grid: as in `forward`.
+        q, k, v, phi, spec, grid, shard: as in `forward`.
     """
     plain = functools.partial(xla, spec=spec, grid=grid)
-    return _by_platform(functools.partial(forward, spec=spec, grid=grid), plain, q, k, v, phi)
+    return _by_platform(functools.partial(forward, spec=spec, grid=grid, shard=shard), plain, q, k, v, phi)
 
 
-def _attention_forward(xla, q, k, v, phi, spec, grid):
-    fused = functools.partial(forward_and_residuals, spec=spec, grid=grid)
+def _attention_forward(xla, q, k, v, phi, spec, grid, shard):
+    fused = functools.partial(forward_and_residuals, spec=spec, grid=grid, shard=shard)
 
     def plain(*args):
         residuals = jax.eval_shape(functools.partial(fused, interpret=True), *args)[1]
@@ -179,12 +207,12 @@ def _attention_forward(xla, q, k, v, phi, spec, grid):
     return y, (q, k, v, phi, residuals)
 
 
-def _attention_backward(xla, spec, grid, kept, cotangent):
+def _attention_backward(xla, spec, grid, shard, kept, cotangent):
     def plain(q, k, v, phi, residuals, cotangent):
         del residuals
         return jax.vjp(lambda *args: xla(*args, spec, grid), q, k, v, phi)[1](cotangent)
 
-    return _by_platform(functools.partial(backward, spec=spec, grid=grid), plain, *kept, cotangent)
+    return _by_platform(functools.partial(backward, spec=spec, grid=grid, shard=shard), plain, *kept, cotangent)
 
 
 attention.defvjp(_attention_forward, _attention_backward)
