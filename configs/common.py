@@ -157,17 +157,18 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.suite.dimensions = ()  # some only; empty: all
     c.suite.results = ()  # NAME=PATH of further results for the table: file, folder or zip of *_eval_results.json
 
-    c.bench = ConfigDict()  # what is timed: all combinations, on one device
+    c.bench = ConfigDict()  # what is timed on one device
     c.bench.preset = "" if tiny else model  # sizes of the model if model.weights is empty
     c.bench.what = ("op", "attention", "block", "model")  # attention alone, with q, k, v, o, whole block, whole DiT
     c.bench.videos = tuple(f"{n}x128x128" for n in (9, 65)) if tiny else PAPER_VIDEOS  # of ops, beside the model's own
     c.bench.rates = ("R2", "R4", "R8", "linear")  # beside softmax; feature maps are those of section distill
     c.bench.models = ("softmax", "4R4") if tiny else ("softmax", "15R8")  # softmax, or blocks and rate
-    c.bench.directions = ("forward", "forward+backward")
+    # What is timed with gradients, too: kinds of `what`, and "videos", the ops of other videos than the model's.
+    c.bench.backward = ("op",) if tiny else ("op", "videos", "attention", "block", "model")
     c.bench.dtypes = (c.model.compute_dtype,)  # float32, bfloat16
     c.bench.backends = ("xla", "fused")  # fused: the kernels for TPU or GPU, where they can be used
     c.bench.text_tokens = 32 if tiny else 512  # of the prompt
-    c.bench.repeats = 5  # the median counts
+    c.bench.repeats = 3 if tiny else 5  # the median counts
     c.bench.warmup = 1  # calls before that
 
     c.report = ConfigDict()

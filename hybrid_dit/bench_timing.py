@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ class Rates:
     source: str
     bandwidth: float
 
-    def floor(self, flops: float, bytes_: float) -> float:
+    def floor(self, flops: Real, bytes_: Real) -> Real:
         """Seconds that a program takes at least: its FLOPs, or moving its arguments and outputs once."""
         return max(flops / self.flops, bytes_ / self.bandwidth)
 

@@ -24,6 +24,8 @@ def draw(path: str | Path, panels: Mapping[str, tuple[Curves, Curves]], title: s
     """
     if not panels:
         raise UserError("there are no videos to draw the cost of")
+    from matplotlib.ticker import EngFormatter
+
     timed = any(points for _, seconds in panels.values() for points in seconds.values())
     rows = 1 + timed
     figure = _figure(1.2 + 4.4 * len(panels), 0.6 + 3.4 * rows)
@@ -39,11 +41,12 @@ def draw(path: str | Path, panels: Mapping[str, tuple[Curves, Curves]], title: s
                     marker = "o" if row or len(points) == 1 else ""
                     axes.plot(x, y, marker=marker, ms=3.5, lw=1.6, color=colours[label], label=_plain(label))
             axes.set_ylim(bottom=0.0)
+            axes.yaxis.set_major_formatter(EngFormatter("s" if row else "FLOP"))
             axes.grid(alpha=0.3)
         grid[0, column].set_title(size, fontsize=10)
         grid[-1, column].set_xlabel("frames")
-    grid[0, 0].set_ylabel("FLOPs")
+    grid[0, 0].set_ylabel("counted")
     if timed:
-        grid[1, 0].set_ylabel("seconds, measured")
+        grid[1, 0].set_ylabel("measured")
     grid[0, 0].legend(frameon=False, loc="upper left")
     _save(figure, path, title)

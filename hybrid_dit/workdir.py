@@ -29,7 +29,7 @@ SECTIONS = {
 # is continued.
 HOW = {
     "finetune": ("accumulate", "remat", "save_every", "keep", "sample_every", "sample_prompts", "profile"),
-    "bench": ("what", "videos", "rates", "models", "directions", "dtypes", "backends"),
+    "bench": ("what", "videos", "rates", "models", "backward", "dtypes", "backends"),
 }
 
 

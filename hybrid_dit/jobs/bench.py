@@ -8,8 +8,10 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 import jax
@@ -43,7 +45,10 @@ def run(config, workdir: Path) -> int:
     device = {"device": jax.local_devices()[0].device_kind, "jax": jax.__version__}
     table = Table(stage.folder, device)
     missing = [case for case in wanted if table.find(case) is None]
-    print(f"bench: {len(wanted)} cases on one {device['device']}, {len(wanted) - len(missing)} measured before")
+    print(
+        f"bench: {len(wanted)} cases on one {device['device']} ({os.cpu_count()} CPU cores, jax {device['jax']}), "
+        f"{len(wanted) - len(missing)} measured before"
+    )
     for dtype in dict.fromkeys(case.dtype for case in missing):
         rates = table.rates(dtype)
         print(
@@ -57,6 +62,8 @@ def run(config, workdir: Path) -> int:
         print("  " + line(table.find(case)), flush=True)
     write_timings(stage.folder / "timings.csv", config, table.rows)
     draw(stage.folder / "duration.png", config, sizes, table.rows)
+    for text in expectations(table.rows, own_video(config)):
+        print(f"bench: {text}")
     rows = [table.find(case) for case in wanted]
     failed = sum(bool(row["error"]) for row in rows)
     print(f"bench: {stage.folder / 'bench.csv'}{f'; {failed} of {len(rows)} cases failed' if failed else ''}")
@@ -91,7 +98,7 @@ def cases(config, sizes: Sizes) -> Iterator[Case]:
         UserError: an unknown name, or a video that doesn't fit.
     """
     cfg = config.bench
-    known = {"what": WHAT, "directions": DIRECTIONS, "backends": BACKENDS, "dtypes": ("float32", "bfloat16")}
+    known = {"what": WHAT, "backward": (*WHAT, "videos"), "backends": BACKENDS, "dtypes": ("float32", "bfloat16")}
     for name, allowed in known.items():
         for value in cfg[name]:
             if value not in allowed:
@@ -101,8 +108,9 @@ def cases(config, sizes: Sizes) -> Iterator[Case]:
         labels = cfg.models if what == "model" else sizes.specs
         for video in dict.fromkeys((own, *cfg.videos) if what == "op" else (own,)):
             sizes.tokens(video)
+            backward = (what if video == own else "videos") in cfg.backward
             for dtype in cfg.dtypes:
-                for direction in cfg.directions:
+                for direction in list(DIRECTIONS)[: 1 + backward]:
                     for label in labels:
                         for backend in cfg.backends:
                             backend = _platform_backend(backend)
@@ -213,6 +221,25 @@ def write_timings(path: Path, config, rows: Sequence[Mapping]) -> None:
     print(f"bench: {path}, for --config.select.costs=timings --config.select.timings={path}")
 
 
+def expectations(rows: Sequence[Mapping], video: str) -> Iterator[str]:
+    """Yields for every hybrid model its speed-up, and the one expected from what its attention saves as an op."""
+    names = "what", "label", "direction", "dtype", "backend"
+    times = {tuple(row[n] for n in names): row["seconds"] for row in rows if row["seconds"] and row["video"] == video}
+    for (what, label, direction, dtype, backend), seconds in times.items():
+        if what != "model" or label == "softmax":
+            continue
+        count, rate = cost.parse_name(label)
+        run = direction, dtype
+
+        def softmax(what, run=run, backend=backend):  # which a backend may leave to XLA
+            return times.get((what, "softmax", *run, backend), times.get((what, "softmax", *run, "xla")))
+
+        whole, op, hybrid = softmax("model"), softmax("op"), times.get(("op", rate, *run, backend))
+        if whole and op and hybrid:
+            expected = whole / (whole - count * (op - hybrid))
+            yield f"{label} {direction} {dtype} {backend}: {whole / seconds:.2f}x softmax, by its ops {expected:.2f}x"
+
+
 def draw(path: Path, config, sizes: Sizes, rows: Sequence[Mapping]) -> None:
     """Draws FLOPs and seconds of attention alone against the length of videos, for all heights and widths in turn."""
     wan, dtype = sizes.wan, config.model.compute_dtype
@@ -236,7 +263,8 @@ def draw(path: Path, config, sizes: Sizes, rows: Sequence[Mapping]) -> None:
         timed = {s: sorted((f, t) for (label, f), t in seconds.items() if label == s) for s in sizes.specs}
         panels["x".join(map(str, size))] = counted, timed
     name = config.bench.preset or Path(config.model.weights).name
-    where = f"; seconds: {rows[0]['device']}, {dtype}" if any(timed for _, timed in panels.values()) else ""
+    measured_any = any(points for _, timed in panels.values() for points in timed.values())
+    where = f"; seconds: {rows[0]['device']}, {dtype}" if measured_any else ""
     duration_picture.draw(path, panels, title=f"Attention of one block of {name}, forward{where}")
     print(f"bench: {path}")
 
@@ -255,7 +283,7 @@ def line(row: Mapping) -> str:
     )
 
 
-def amount(number: float) -> str:
+def amount(number: Real) -> str:
     """Returns 1.23 T, 45.6 G, ... for what a unit follows."""
     for size, prefix in _UNITS:
         if number >= size:
