@@ -152,22 +152,24 @@ def random_inputs(shapes: PyTree, seed: int = 0) -> PyTree:
         seed: of the numbers.
     """
 
-    @jax.jit
-    def make(key):
-        paths, tree = jax.tree_util.tree_flatten_with_path(shapes)
-        keys = jax.random.split(key, max(len(paths), 1))
-        return jax.tree.unflatten(tree, [_random(k, path, leaf) for k, (path, leaf) in zip(keys, paths)])
-
-    return make(jax.random.key(seed))
+    paths, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    return jax.tree.unflatten(tree, [_random(seed + i, *path_and_leaf) for i, path_and_leaf in enumerate(paths)])
 
 
-def _random(key: Array, path, leaf: jax.ShapeDtypeStruct) -> Array:
+def _random(seed: int, path, leaf: jax.ShapeDtypeStruct) -> Array:
     name = str(getattr(path[-1], "key", "")) if path else ""
     if name == "scale":
         return jnp.ones(leaf.shape, leaf.dtype)
     matrix = name == "kernel" or (name[:1] == "w" and name[1:].isdigit())
     size = leaf.shape[-2] ** -0.5 if matrix else 0.02 if name else 1.0
-    return (size * jax.random.normal(key, leaf.shape, jnp.float32)).astype(leaf.dtype)
+    return _uniform(seed, size, leaf.shape, leaf.dtype)
+
+
+@partial(jax.jit, static_argnums=(2, 3))  # of its own, since many arrays have the same shape
+def _uniform(seed, size, shape: tuple[int, ...], dtype) -> Array:
+    # Normal numbers of the default generator take longer to compile than what is measured.
+    key, limit = jax.random.key(seed, impl="rbg"), math.sqrt(3)  # of unit variance
+    return (size * jax.random.uniform(key, shape, jnp.float32, -limit, limit)).astype(dtype)
 
 
 def _checked(run: Callable, *inputs):

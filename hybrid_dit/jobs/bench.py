@@ -66,7 +66,8 @@ def run(config, workdir: Path) -> int:
         print(f"bench: {text}")
     rows = [table.find(case) for case in wanted]
     failed = sum(bool(row["error"]) for row in rows)
-    print(f"bench: {stage.folder / 'bench.csv'}{f'; {failed} of {len(rows)} cases failed' if failed else ''}")
+    if rows:
+        print(f"bench: {stage.folder / 'bench.csv'}{f'; {failed} of {len(rows)} cases failed' if failed else ''}")
     stage.finish(cases=len(rows), failed=failed)
     return 1 if rows and failed == len(rows) else 0
 
