@@ -1,8 +1,8 @@
 """Times attention, blocks and models on one device: seconds, FLOP/s, memory, and the share of the device's floor.
 
-Run:    python -m hybrid_dit.main --config=configs/bench.py                    # two CPU cores, under a minute
+Run:    python -m hybrid_dit.main --config=configs/bench.py                    # two CPU cores, half a minute
         python -m hybrid_dit.main --config=configs/bench.py:wan_1_3b           # one accelerator; no weights needed
-Takes:  for wan_1_3b as long as compiling its 210 programs takes, for the most part; the same command continues.
+Takes:  for wan_1_3b as long as compiling its 200 programs takes, for the most part; the same command continues.
 Gives:  in runs/bench (or --workdir) bench/bench.csv with a row per measurement; bench/timings.csv for
         --config.select.costs=timings; bench/duration.png: what attention costs as videos get longer.
 

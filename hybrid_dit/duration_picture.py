@@ -29,7 +29,7 @@ def draw(path: str | Path, panels: Mapping[str, tuple[Curves, Curves]], title: s
     timed = any(points for _, seconds in panels.values() for points in seconds.values())
     rows = 1 + timed
     figure = _figure(1.2 + 4.4 * len(panels), 0.6 + 3.4 * rows)
-    grid = figure.subplots(rows, len(panels), squeeze=False, sharex="col", sharey="row")
+    grid = figure.subplots(rows, len(panels), squeeze=False, sharex="col")
     names = list(dict.fromkeys(label for curves in panels.values() for part in curves for label in part))
     colours = dict(zip(names, ("black", *_COLOURS[:-1])))
     for column, (size, curves) in enumerate(panels.items()):
