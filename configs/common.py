@@ -11,6 +11,7 @@ WAN_NEGATIVE_PROMPT = (  # the original release's own
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
     "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
+PAPER_VIDEOS = tuple(f"{frames}x{size}" for size in ("320x480", "480x832") for frames in (81, 121, 161, 201))
 
 
 def get_config(job: str, model: str) -> ConfigDict:
@@ -155,6 +156,20 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.suite.originals = ""  # list (or folder) that the rewritten ones follow line by line; empty: that of prompts
     c.suite.dimensions = ()  # some only; empty: all
     c.suite.results = ()  # NAME=PATH of further results for the table: file, folder or zip of *_eval_results.json
+
+    c.bench = ConfigDict()  # what is timed on one device
+    c.bench.preset = "" if tiny else model  # sizes of the model if model.weights is empty
+    c.bench.what = ("op", "attention", "block", "model")  # attention alone, with q, k, v, o, whole block, whole DiT
+    c.bench.videos = tuple(f"{n}x128x128" for n in (9, 65)) if tiny else PAPER_VIDEOS  # of ops, beside the model's own
+    c.bench.rates = ("R2", "R4", "R8", "linear")  # beside softmax; feature maps are those of section distill
+    c.bench.models = ("softmax", "4R4") if tiny else ("softmax", "15R8")  # softmax, or blocks and rate
+    # What is timed with gradients, too: kinds of `what`, and "videos", the ops of other videos than the model's.
+    c.bench.backward = ("op",) if tiny else ("op", "videos", "attention", "block", "model")
+    c.bench.dtypes = (c.model.compute_dtype,)  # float32, bfloat16
+    c.bench.backends = ("xla", "fused")  # fused: the kernels for TPU or GPU, where they can be used
+    c.bench.text_tokens = 32 if tiny else 512  # of the prompt
+    c.bench.repeats = 3 if tiny else 5  # the median counts
+    c.bench.warmup = 1  # calls before that
 
     c.report = ConfigDict()
     c.report.max_mb = 15.0  # of the page; videos are shrunk or left out beyond it

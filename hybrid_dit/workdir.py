@@ -20,13 +20,17 @@ SECTIONS = {
     "finetune": ("model", "prompts", "distill", "select", "finetune"),
     "export": ("model", "prompts", "distill", "select", "finetune"),
     "evaluate": ("model", "prompts", "distill", "select", "finetune", "evaluate"),
+    "bench": ("model", "distill", "bench"),
     "sample_teacher": ("model", "sample"),
     "sample_finetuned": ("model", "prompts", "distill", "select", "finetune", "sample"),
 }
 
 # Settings that say how a stage runs and what it shows, not what it computes (but for rounding): they may change when it
 # is continued.
-HOW = {"finetune": ("accumulate", "remat", "save_every", "keep", "sample_every", "sample_prompts", "profile")}
+HOW = {
+    "finetune": ("accumulate", "remat", "save_every", "keep", "sample_every", "sample_prompts", "profile"),
+    "bench": ("what", "videos", "rates", "models", "backward", "dtypes", "backends"),
+}
 
 
 class Stage:

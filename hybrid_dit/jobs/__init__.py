@@ -12,7 +12,7 @@ from hybrid_dit import processes
 from hybrid_dit.errors import UserError
 
 JOBS = ("surgery", "distill", "select_rates", "finetune", "export", "evaluate", "sample", "pretrain", "plan")
-JOBS += ("build_data", "report", "vbench")
+JOBS += ("build_data", "report", "vbench", "bench")
 # What all processes of a run do together; the first does the other jobs alone.
 TOGETHER = ("surgery", "distill", "finetune", "sample", "build_data")
 
