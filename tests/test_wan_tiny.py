@@ -58,6 +58,7 @@ def test_ground_truth_survives_the_vae(pipeline):
     assert scoring.score_batch(np.asarray(videos), scenes)["total"].mean() >= 97
 
 
+@pytest.mark.slow
 def test_the_teacher_denoises_what_it_was_not_trained_on(pipeline):
     """At a high noise level, the velocity for the right prompt must beat that for a wrong one: text is used."""
     rng = np.random.default_rng(1)

@@ -19,6 +19,8 @@ from hybrid_dit.errors import UserError
 from hybrid_dit.models import vae as vae_lib
 from hybrid_dit.models.vae import VAEConfig, WanVAE
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 torch.set_num_threads(1)
 
 TOLERANCE = 1e-5
@@ -128,7 +130,6 @@ def test_gradient_equals_diffusers():
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
-@pytest.mark.usefixtures("compile_quickly")
 def test_chunked_equals_whole(chunk):
     vae = WanVAE(QUICK)
     _, params = random_pair(QUICK)

@@ -18,6 +18,8 @@ from hybrid_dit.errors import UserError
 from hybrid_dit.models import wan
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 # Float32 against float32: each side rounds at 6e-8 per operation; 1e-5 is the project's bound for whole modules.
 TOLERANCE = 1e-5
 
@@ -42,7 +44,10 @@ def float64_timesteps(monkeypatch):
         yield
 
 
-@pytest.fixture(scope="module", params=[(2, 12, 3), (3, 16, 2)], ids=["d12", "d16"])
+PAIRS = {"d12": (2, 12, 3), "d16": (3, 16, 2)}  # heads, head width, layers
+
+
+@pytest.fixture(scope="module", params=list(PAIRS.values()), ids=list(PAIRS))
 def pair(request):
     """A small random diffusers model and the same weights in Flax: (torch model, WanConfig, params, entries)."""
     heads, head_dim, layers = request.param
@@ -165,7 +170,7 @@ def test_packed_text_gives_the_same_velocity_as_512_padded_tokens(pair):
     assert relative(apply({"params": params}, latents, t, text), expected) > 100 * TOLERANCE  # padding does matter
 
 
-@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize("pair", [PAIRS["d12"]], ids=["d12"], indirect=True)
 def test_every_block_runs_its_own_attention(pair):
     _, config, params, _ = pair
     latents, text = inputs(config)

@@ -18,6 +18,8 @@ from hybrid_dit.ops import feature_maps, softmax
 from hybrid_dit.ops.hybrid import attention, combine, linear_part, softmax_part
 from hybrid_dit.ops.spec import ACTIVATIONS, PATTERNS, STABILISERS, AttentionSpec, FeatureMapSpec
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 U32, U16 = 2.0**-24, 2.0**-8  # unit roundoff of float32 and bfloat16
 D = 6
 
