@@ -13,6 +13,7 @@ from typing import Any
 
 from hybrid_dit.convert.files import read_json
 from hybrid_dit.errors import UserError
+from hybrid_dit.loss_log import read_losses
 
 STAGES = ("distill", "select", "finetune", "export", "evaluate")
 _PARTS = re.compile(r"(\d+)|(\D+)")
@@ -172,7 +173,7 @@ def read(workdir: Path) -> Contents:
     found.errors = attempt("distill/errors.csv", _errors)
     found.front = attempt("select/pareto.json", _front)
     found.distill_loss = attempt("distill/loss.csv", _distill_loss) or {}
-    found.finetune_loss = attempt("finetune/loss.csv", _finetune_loss)
+    found.finetune_loss = attempt("finetune/metrics.jsonl", _finetune_loss)
     for stage in STAGES:
         found.settings |= attempt(f"{stage}/settings.json", _settings) or {}
         environment = attempt(f"{stage}/environment.json", read_json)
@@ -241,12 +242,10 @@ def _distill_loss(path: Path) -> dict[str, list[float]]:
 
 
 def _finetune_loss(path: Path) -> tuple[list[int], list[float]]:
-    rows = _rows(path)
-    if not {"step", "loss"} <= rows[0].keys():
-        raise ValueError("it has no columns step and loss")
-    if None in rows[-1].values() or "" in rows[-1].values():  # what an interrupted run may leave
-        rows.pop()
-    return [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
+    steps, losses = read_losses(path)
+    if not len(steps):
+        raise ValueError("it has no steps")
+    return steps.tolist(), losses.tolist()
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def test_whole_surgery_then_the_same_command_again(tmp_path, capsys, monkeypatch
     assert out.index("=== 5/5") < out.index("PSNR to teacher")
     assert sorted(file.name for file in workdir.iterdir()) == sorted([*surgery.STAGES, "report.html"])
     contents = read(workdir)  # what the stages write is what the report reads
+    assert contents.finetune_loss is not None and contents.distill_loss
     assert contents.problems == [] and set(contents.status.values()) == {"complete"}
     page = (workdir / "report.html").read_text()
     assert page.count("<video ") == 4 and "Not available" not in page and "Not recorded" not in page

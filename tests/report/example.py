@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import common
+from hybrid_dit.loss_log import LossLog
 from hybrid_dit.report.films import VARIANTS
 from hybrid_dit.video_io import write_mp4
 
@@ -64,7 +65,9 @@ def example(workdir: Path, **settings) -> Path:
     rows = [[b, rate, 2 * error, error, 0.9 * error, 1.1 * error] for b, rate, error in cells]
     _csv(workdir / "distill/errors.csv", ["block", "rate", "undistilled", "distilled", "low", "high"], rows)
     _csv(workdir / "distill/loss.csv", ["step", *RATES], [[s, 1 / s, 2 / s, 3 / s] for s in range(1, 101)])
-    _csv(workdir / "finetune/loss.csv", ["step", "loss", "grad_norm"], [[s, 2.0**-s, 1.0] for s in range(1, 21)])
+    with LossLog(workdir / "finetune/metrics.jsonl", 0, 1) as log:
+        for step in range(1, 21):
+            log.add(step, 2.0**-step, grad_norm=1.0)
     _json(workdir / "select/rates.json", {"budget": f"2R4 {NASTY}", **point()})
     _json(workdir / "select/homogeneous.json", {"budget": "2R4", **point(("R4", "R4", "softmax"), 70.0, 0.9)})
     front = [point(cost=70.0), point(("linear",) * 3, 50.0, 1.2), point(("softmax",) * 3, 100.0, 0.0)]

@@ -53,8 +53,8 @@ def test_missing_and_unfinished_stages_have_a_status(workdir):
 
 
 def test_half_a_row_at_the_end_of_a_loss_log_is_left_out(workdir):
-    with (workdir / "finetune/loss.csv").open("a") as file:
-        file.write("21,0.5")
+    with (workdir / "finetune/metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "lo')
     found = read(workdir)
     assert len(found.finetune_loss[0]) == 20 and found.problems == []
 
@@ -71,7 +71,7 @@ def test_half_a_row_at_the_end_of_a_loss_log_is_left_out(workdir):
         "select/pareto.json",
         "distill/errors.csv",
         "distill/loss.csv",
-        "finetune/loss.csv",
+        "finetune/metrics.jsonl",
     ],
 )
 def test_a_broken_file_is_named_and_the_rest_is_read(workdir, file, content):
