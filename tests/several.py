@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# The library for collectives prints to file 1 in pieces that mix with Python's lines: Python keeps a copy of it.
+SEPARATE = "import os, sys; sys.stdout = os.fdopen(os.dup(1), 'w'); os.dup2(os.open(os.devnull, os.O_WRONLY), 1)\n"
 
 
 class Several:
@@ -24,12 +26,12 @@ class Several:
         """
         folder.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", **variables}
-        environment["PYTHONPATH"] = str(ROOT)
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         where = f"--distributed.coordinator=localhost:{free_port()}", f"--distributed.processes={count}"
         self.outputs = [(folder / f"out{i}", folder / f"err{i}") for i in range(count)]
         self.processes = []
         for i, (out, err) in enumerate(self.outputs):
-            command = [sys.executable, "-c", program, *where, f"--distributed.process_id={i}", *arguments]
+            command = [sys.executable, "-c", SEPARATE + program, *where, f"--distributed.process_id={i}", *arguments]
             with out.open("w") as stdout, err.open("w") as stderr:
                 self.processes.append(
                     subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
@@ -42,12 +44,7 @@ class Several:
         finally:
             for process in self.processes:
                 process.kill()
-        return [(code, _own(out), err.read_text()) for code, (out, err) in zip(codes, self.outputs)]
-
-
-def _own(file: Path) -> str:
-    """Standard output without what the library for collectives prints to it."""
-    return "".join(line for line in file.read_text().splitlines(keepends=True) if not line.startswith("[Gloo]"))
+        return [(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, self.outputs)]
 
 
 def free_port() -> int:

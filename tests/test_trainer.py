@@ -1,12 +1,7 @@
 """The step of a tiny hybrid: one device against meshes, a whole batch against its parts, and the loss it minimises."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import training
+from several import Several
 
 from hybrid_dit import sharding
 from hybrid_dit.checkpoint import Checkpoints
@@ -27,28 +23,29 @@ from hybrid_dit.trainer import Trainer, fitted_text
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 STEPS = 20
 PROGRAM = """
-import json, sys
-import jax
-import numpy as np
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-index = int(sys.argv[2])
-jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=index)
-import training
-from hybrid_dit import sharding
-from hybrid_dit.agreement import gathered
-from hybrid_dit.checkpoint import Checkpoints
-from hybrid_dit.checkpoint import Checkpoints
-from hybrid_dit.convert import tables
-trainer, params = training.make_trainer(sharding.train_mesh(replicas=2), **training.FEATURES)
-assert len(jax.devices()) == 8 and sharding.process_share(trainer.mesh) == (index, 2)
-state, rows = training.train(trainer, params, 20, training.teacher_params())
-with Checkpoints(sys.argv[3] + "/checkpoints") as checkpoints:
-    checkpoints.save(20, state, {"data": [json.loads(text) for text in gathered(json.dumps({"step": 21}))]})
-whole = tables.flatten(sharding.to_host(state.params))
-if index == 0:
-    np.savez(sys.argv[3] + "/whole.npz", **whole)
-assert gathered("ab" * (1 + index)) == ["ab", "abab"]
-print(json.dumps([{name: value.tolist() for name, value in row.items()} for row in rows]))
+import json, pathlib, sys
+from hybrid_dit import processes
+options, (folder,) = processes.parse(sys.argv[1:])
+with processes.joined(options):
+    import jax
+    import numpy as np
+    import training
+    from hybrid_dit import sharding
+    from hybrid_dit.agreement import gathered
+    from hybrid_dit.checkpoint import Checkpoints
+    from hybrid_dit.convert import tables
+    index = jax.process_index()
+    trainer, params = training.make_trainer(sharding.train_mesh(replicas=2), **training.FEATURES)
+    assert len(jax.devices()) == 8 and sharding.process_share(trainer.mesh) == (index, 2)
+    state, rows = training.train(trainer, params, 20, training.teacher_params())
+    with Checkpoints(folder + "/checkpoints") as checkpoints:
+        checkpoints.save(20, state, {"data": [json.loads(text) for text in gathered(json.dumps({"step": 21}))]})
+    whole = tables.flatten(sharding.to_host(state.params))
+    if index == 0:
+        np.savez(folder + "/whole.npz", **whole)
+    assert gathered("ab" * (1 + index)) == ["ab", "abab"]
+    rows = [{name: value.tolist() for name, value in row.items()} for row in rows]
+    pathlib.Path(folder, f"rows{index}.json").write_text(json.dumps(rows))
 """
 
 
@@ -139,28 +136,9 @@ def test_copies_parts_and_tokens_give_the_losses_of_one_device_and_the_whole_bat
 
 def test_two_processes_of_four_devices_give_the_losses_of_one(one, tolerance, tmp_path):
     """Two copies of the weights, one per process. Their checkpoint is read here, on other meshes."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = str(s.getsockname()[1])
-    tests = Path(__file__).parent
-    environment = os.environ | {
-        "PYTHONPATH": f"{tests.parent}:{tests}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, port, str(i), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for run in runs:
-        out, error = run.communicate(timeout=240)
-        assert run.returncode == 0, error
-        rows = json.loads(out.splitlines()[-1])
+    for index, (code, _, error) in enumerate(Several(tmp_path, PROGRAM, str(tmp_path)).finish()):
+        assert code == 0, error
+        rows = json.loads((tmp_path / f"rows{index}.json").read_text())
         assert_same_training([{n: np.array(v) for n, v in row.items()} for row in rows], one[5], tolerance)
     for mesh in (sharding.train_mesh(devices=jax.devices()[:1]), sharding.train_mesh(seq=2)):
         trainer, params = training.make_trainer(mesh, **training.FEATURES)

@@ -1,10 +1,6 @@
 """Loading straight to a mesh: the right values on every device, and nothing read that no device needs."""
 
 import json
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -12,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 from pipelines import random_like
+from several import Several
 
 from hybrid_dit import convert
 from hybrid_dit.convert import mesh, sources, tables
@@ -22,26 +19,28 @@ from hybrid_dit.sharding import DIT_RULES, data_mesh
 
 DIT = WanConfig(dim=256, num_heads=2, ffn_dim=512, num_layers=2, text_dim=64)
 PROGRAM = """
-import json, sys
-import jax
-import numpy as np
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
-from hybrid_dit import convert
-from hybrid_dit.convert import sources, tables
-from hybrid_dit.convert.params import to_tree
-from hybrid_dit.sharding import data_mesh
-opened, Weights = [], sources.Weights
-sources.Weights = lambda path: opened.append(Weights(path)) or opened[-1]
-arrays = tables.flatten(convert.load_sharded(sys.argv[3], data_mesh()))
-read = opened[0].bytes_read
-expected = tables.flatten(to_tree(sources.open_part(sys.argv[3]).params))
-assert arrays.keys() == expected.keys() and len(jax.devices()) == 8
-for path, array in arrays.items():
-    assert len(array.addressable_shards) == 4
-    for shard in array.addressable_shards:
-        np.testing.assert_array_equal(np.asarray(shard.data), expected[path][shard.index], err_msg=path)
-print(json.dumps({"read": read, "kernel": str(arrays["blocks/ffn_0/kernel"].sharding.spec)}))
+import json, pathlib, sys
+from hybrid_dit import processes
+options, (file, folder) = processes.parse(sys.argv[1:])
+with processes.joined(options):
+    import jax
+    import numpy as np
+    from hybrid_dit import convert
+    from hybrid_dit.convert import sources, tables
+    from hybrid_dit.convert.params import to_tree
+    from hybrid_dit.sharding import data_mesh
+    opened, Weights = [], sources.Weights
+    sources.Weights = lambda path: opened.append(Weights(path)) or opened[-1]
+    arrays = tables.flatten(convert.load_sharded(file, data_mesh()))
+    read = opened[0].bytes_read
+    expected = tables.flatten(to_tree(sources.open_part(file).params))
+    assert arrays.keys() == expected.keys() and len(jax.devices()) == 8
+    for path, array in arrays.items():
+        assert len(array.addressable_shards) == 4
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), expected[path][shard.index], err_msg=path)
+    told = {"read": read, "kernel": str(arrays["blocks/ffn_0/kernel"].sharding.spec)}
+    pathlib.Path(folder, f"told{jax.process_index()}.json").write_text(json.dumps(told))
 """
 
 
@@ -55,30 +54,10 @@ def file(tmp_path_factory):
     return file
 
 
-def test_two_processes_read_their_own_part(file):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = str(s.getsockname()[1])
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, port, str(i), str(file)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for run in runs:
-        out, error = run.communicate(timeout=120)
-        assert run.returncode == 0, error
-        told = json.loads(out.splitlines()[-1])
+def test_two_processes_read_their_own_part(file, tmp_path):
+    for index, (code, _, error) in enumerate(Several(tmp_path, PROGRAM, str(file), str(tmp_path)).finish()):
+        assert code == 0, error
+        told = json.loads((tmp_path / f"told{index}.json").read_text())
         assert "data" in told["kernel"]
         # Half of the matrices, all of the vectors, and the patch embedding whole.
         assert told["read"] <= 0.6 * file.stat().st_size
