@@ -19,7 +19,7 @@ setup(
         "einops",
         "flax>=0.10",
         "grain>=0.2.10",
-        "jax>=0.6",
+        "jax>=0.8",
         "jaxtyping",
         "matplotlib",
         "ml-collections>=1.0",

@@ -69,8 +69,8 @@ def hybrid(spec: AttentionSpec, blocks: Blocks, place, direction: str) -> jax.st
     if direction == "forward":
         f, args = tpu_hybrid.forward, (x, x, x, phi)
     else:
-        kept = jax.eval_shape(functools.partial(tpu_hybrid.forward_and_residuals, **settings), x, x, x, phi)[1]
-        f, args = tpu_hybrid.backward, (x, x, x, phi, kept, x)
+        kept = jax.eval_shape(functools.partial(tpu_hybrid.forward_and_residuals, **settings), x, x, x, phi)
+        f, args = tpu_hybrid.backward, (x, x, x, phi, *kept, x)
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), args)
     return jax.jit(functools.partial(f, **settings)).lower(*args)
 

@@ -193,12 +193,12 @@ def param_shardings(mesh: Mesh, params: Mapping, rules: Rules = DIT_RULES) -> Py
     return like(params, out)
 
 
-def context_split(mesh: Mesh) -> Split | None:
-    """Returns how attention splits the tokens of a video over SEQ; None on a mesh that doesn't."""
-    return Split(mesh, (SEQ,), _batch_axes(mesh)) if dict(mesh.shape).get(SEQ, 1) > 1 else None
+def context_split(mesh: Mesh) -> Split:
+    """Returns how attention splits videos, and the tokens of each over SEQ, on a mesh from `train_mesh`."""
+    return Split(mesh, (SEQ,), _batch_axes(mesh))
 
 
-def split_activations(place: NamedSharding, tokens: int) -> AbstractContextManager:
+def split_activations(place: NamedSharding, rows: int) -> AbstractContextManager:
     """In this context, a DiT is traced such that outputs of its dense layers are split by videos, and by tokens (SEQ).
 
     Without it XLA may choose to gather the activations of the whole batch and to split a matrix product instead.
@@ -206,15 +206,10 @@ def split_activations(place: NamedSharding, tokens: int) -> AbstractContextManag
 
     Args:
         place: of the batch, from `batch_sharding`.
-        tokens: of a video.
-
-    Raises:
-        UserError: tokens don't divide over SEQ.
+        rows: of a video in the blocks, its tokens and their padding (`Split.rows`).
     """
     mesh, videos = place.mesh, place.spec[0] if place.spec else None
     seq = dict(mesh.shape).get(SEQ, 1)
-    if tokens % seq:
-        raise UserError(f"mesh.seq={seq} must divide {tokens} tokens; choose another")
 
     def split(x, *axes):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(videos, *axes)))
@@ -223,7 +218,7 @@ def split_activations(place: NamedSharding, tokens: int) -> AbstractContextManag
         out = layer(*args, **kwargs)
         if not isinstance(context.module, nn.Dense):
             return out
-        of_video = seq > 1 and out.ndim == 3 and out.shape[1] == tokens
+        of_video = seq > 1 and out.ndim == 3 and out.shape[1] == rows
         return split(out, SEQ) if of_video else split(out)
 
     return nn.intercept_methods(keep)

@@ -30,12 +30,22 @@ PEAK = {
     "NVIDIA GH200": 989e12,
     "NVIDIA B200": 2250e12,
 }
+# What comes in through the links between the chips of a pod, bytes/s: half of the bidirectional bandwidth per chip that
+# Google's pages on each generation state (docs.cloud.google.com/tpu/docs/v5e and so on).
+LINKS = {
+    "TPU v5 lite": 200e9,
+    "TPU v5e": 200e9,
+    "TPU v5p": 600e9,
+    "TPU v5": 600e9,
+    "TPU v6": 400e9,
+}
 _LIBTPU = {  # libtpu where there is no TPU
     "TPU_SKIP_MDS_QUERY": "1",  # or it asks the metadata server of a TPU VM
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process is refused, as if there were a TPU to share
     "TPU_WORKER_HOSTNAMES": "localhost",  # these two, of any TPU, or it complains at length
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
 }
+GIB = 2**30
 EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:16x16, v4:2x2x1, tpu7x:2x2x1, v5e:1x1 (one chip), or cpu:8 (fake devices)"
 
 
@@ -92,7 +102,7 @@ def parse(name: str, slices: int = 1) -> Target:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # JaxRuntimeError or ValueError, by version
         raise UserError(f"target={name}: {str(error).splitlines()[0]}; names that work look like {EXAMPLES}") from error
-    return Target(name, tuple(found.devices), int(HBM[generation] * 2**30))
+    return Target(name, tuple(found.devices), int(HBM[generation] * GIB))
 
 
 def _cpu(count: int, name: str) -> tuple[jax.Device, ...]:
@@ -108,8 +118,17 @@ def _cpu(count: int, name: str) -> tuple[jax.Device, ...]:
 
 def peak(device_kind: str) -> float | None:
     """Returns the peak of one device in FLOP/s (16 bits, dense); None if it is not known, as for CPUs."""
-    names = [name for name in PEAK if device_kind.startswith(name)]
-    return PEAK[max(names, key=len)] if names else None
+    return _of_kind(PEAK, device_kind)
+
+
+def links(device_kind: str) -> float | None:
+    """Returns how fast a device receives from others of its pod, in bytes/s; None if it is not known."""
+    return _of_kind(LINKS, device_kind)
+
+
+def _of_kind(table: dict[str, float], device_kind: str) -> float | None:
+    names = [name for name in table if device_kind.startswith(name)]
+    return table[max(names, key=len)] if names else None
 
 
 def needed_bytes(message: str) -> tuple[int, int] | None:
@@ -123,3 +142,14 @@ def needed_bytes(message: str) -> tuple[int, int] | None:
     units = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
     values = match.groups()
     return tuple(int(float(n) * 1024 ** units[u]) for n, u in zip(values[::2], values[1::2]))
+
+
+@contextlib.contextmanager
+def no_cache():
+    """Programs from the compilation cache would have no compile time."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)

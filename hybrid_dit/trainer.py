@@ -148,8 +148,8 @@ class Trainer:
 
         gradient = jax.value_and_grad(loss, has_aux=True)
         place = sharding.batch_sharding(self.mesh, len(batch.latents) // parts)
-        tokens = math.prod(self.wan.grid(batch.latents.shape))
-        with sharding.split_activations(place, tokens):
+        rows = sharding.context_split(self.mesh).rows(math.prod(self.wan.grid(batch.latents.shape)))
+        with sharding.split_activations(place, rows):
             if parts == 1:
                 (value, errors), grads = gradient(trained, samples)
             else:

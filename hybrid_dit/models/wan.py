@@ -18,7 +18,7 @@ from einops import rearrange
 
 from hybrid_dit.array_typing import Array, DTypeLike, Float, Int
 from hybrid_dit.errors import UserError
-from hybrid_dit.ops import context_parallel, feature_maps
+from hybrid_dit.ops import context_parallel, feature_maps, residuals
 from hybrid_dit.ops.hybrid import attention
 from hybrid_dit.ops.rope import apply_rope, rope_table
 from hybrid_dit.ops.spec import AttentionSpec
@@ -75,10 +75,12 @@ PRESETS = {
 }
 
 
-# What a block keeps for the backward pass, if not everything: its input alone, or outputs of dense layers too.
+# What a block keeps for the backward pass, if not everything: its input alone, or what attention, or every dense layer,
+# returns too.
 REMAT: dict[str, Callable | None] = {
     "none": None,
     "block": None,
+    "attention": residuals.kept,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -133,7 +135,13 @@ class WanDiT(nn.Module):
         nn.share_scope(self, embed)
         nn.share_scope(self, head)
 
-        x, time, conditions = embed(latents, timestep, text, text_count)
+        x, time, (*conditions, rope) = embed(latents, timestep, text, text_count)
+        n = x.shape[1]
+        if self.split is not None:
+            more = self.split.rows(n) - n
+            x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
+            rope = jax.tree.map(lambda a: jnp.pad(a, ((0, more), *((0, 0),) * (a.ndim - 1))), rope)
+        conditions = *conditions, rope
         phi = self._feature_maps(distinct)
         if self.remat not in REMAT:
             raise UserError(f"remat {self.remat!r} is unknown; choose one of {', '.join(REMAT)}")
@@ -148,7 +156,7 @@ class WanDiT(nn.Module):
         )(cfg, distinct, grid, self.dtype, backend=self.backend, split=self.split, name="blocks")
         which = jnp.asarray([distinct.index(s) for s in specs], jnp.int32) if choice is None else choice
         x, _ = blocks(x, which, phi, *conditions)
-        return head(x, time, grid)
+        return head(x[:, :n], time, grid)
 
     def _feature_maps(self, distinct: tuple[AttentionSpec, ...]):
         """Declares `params["feature_maps"]`, stacked over ALL blocks; absent if nothing is converted.
@@ -293,11 +301,10 @@ class SelfAttention(nn.Module):
         return nn.Dense(cfg.dim, dtype=self.dtype, name="o")(rearrange(y, "b n h d -> b n (h d)"))
 
     def _by_spec(self, q, k, v, which, phi):
-        # Checkpointed, so that a switch keeps q, k, v for the backward pass and not every branch's internals.
         attend = partial(attention, grid=self.grid, backend=self.backend)
         if self.split is not None:
             attend = partial(context_parallel.attention, grid=self.grid, backend=self.backend, split=self.split)
-        branches = [jax.checkpoint(partial(attend, spec=spec)) for spec in self.specs]
+        branches = [partial(attend, spec=spec) for spec in self.specs]
         return branches[0](q, k, v, phi) if len(branches) == 1 else jax.lax.switch(which, branches, q, k, v, phi)
 
 
@@ -311,12 +318,16 @@ class CrossAttention(nn.Module):
     def __call__(self, x, text, text_bias):
         """x [b, n, c], text [b, l, c], text_bias [b, l] = log of each row's count, or None -> [b, n, c]."""
         cfg = self.config
-        q, k, v = _qkv(self, cfg, self.dtype, x, text)
-        scores = jnp.einsum("bnhd,blhd->bhnl", q, k, preferred_element_type=jnp.float32) * cfg.head_dim**-0.5
-        if text_bias is not None:
-            scores = scores + text_bias[:, None, None]
-        y = jnp.einsum("bhnl,blhd->bnhd", nn.softmax(scores).astype(self.dtype), v)
+        # Scores, n x l per head, cost less to compute again for the backward pass than to keep.
+        y = jax.checkpoint(_attend_to_text)(*_qkv(self, cfg, self.dtype, x, text), text_bias)
         return nn.Dense(cfg.dim, dtype=self.dtype, name="o")(rearrange(y, "b n h d -> b n (h d)"))
+
+
+def _attend_to_text(q, k, v, text_bias):
+    scores = jnp.einsum("bnhd,blhd->bhnl", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if text_bias is not None:
+        scores = scores + text_bias[:, None, None]
+    return jnp.einsum("bhnl,blhd->bnhd", nn.softmax(scores).astype(v.dtype), v)
 
 
 def _qkv(module: nn.Module, cfg: WanConfig, dtype, x, context):

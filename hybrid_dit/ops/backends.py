@@ -5,6 +5,7 @@ import jax
 from hybrid_dit.array_typing import DTypeLike
 from hybrid_dit.errors import UserError
 from hybrid_dit.ops.kernels import gpu_hybrid, tpu_hybrid
+from hybrid_dit.ops.manual import manual_device
 from hybrid_dit.ops.spec import AttentionSpec
 
 BACKENDS = ("auto", "xla", "tpu", "gpu")
@@ -14,10 +15,11 @@ def choose(backend: str, spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -
     """Returns "xla", "tpu" or "gpu"; called while tracing.
 
     What the kernels don't take (softmax attention on a GPU, where cuDNN has it, a feature map of one's own, a head
-    width other than 128 on a TPU, float16, on a GPU float32) runs on XLA whatever is asked for. "auto" is "tpu" in a
-    process with one TPU and "xla" everywhere else: the compiler can't split a kernel over several devices by itself,
-    and the GPU's kernels have been compiled for Hopper but not run yet. Ask for "gpu" where you can check them, and
-    for "tpu" or "gpu" inside `shard_map` (with check_vma=False), as `ops.context_parallel` runs attention.
+    width other than 128 on a TPU, float16, on a GPU float32) runs on XLA whatever is asked for. "auto" is "tpu" where a
+    program is for one TPU: inside `shard_map` over TPUs, as `ops.context_parallel` runs attention, or in a process with
+    a single one. It is "xla" everywhere else: the compiler can't split a kernel over several devices by itself, and the
+    GPU's kernels have been compiled for Hopper but not run yet. Ask for "gpu" where you can check them, on several
+    devices inside `shard_map` (with check_vma=False).
 
     Raises:
         UserError: an unknown name.
@@ -25,8 +27,14 @@ def choose(backend: str, spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -
     if backend not in BACKENDS:
         raise UserError(f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = "xla"
-        if jax.device_count() == 1 and jax.default_backend() == "tpu" and tpu_hybrid.aligned(head_dim):
-            backend = "tpu"
+        backend = "tpu" if _platform() == "tpu" and tpu_hybrid.aligned(head_dim) else "xla"
     kernels = {"tpu": tpu_hybrid, "gpu": gpu_hybrid}.get(backend)
     return backend if kernels and kernels.fits(spec, head_dim, dtype) else "xla"
+
+
+def _platform() -> str:
+    """What the program at hand runs on, if each device runs it for itself; else ""."""
+    device = manual_device()
+    if device is not None:
+        return device.platform
+    return jax.default_backend() if jax.device_count() == 1 else ""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from hybrid_dit.array_typing import Array, Float, PyTree
-from hybrid_dit.ops import backends, hybrid
+from hybrid_dit.ops import backends, hybrid, residuals
 from hybrid_dit.ops.hybrid import combine, linear_sums, stabilised_sums
 from hybrid_dit.ops.kernels import gpu_hybrid, tpu_hybrid
 from hybrid_dit.ops.shards import Shard, padded_length
@@ -46,6 +46,13 @@ class Split:
     def parts(self) -> int:
         """P, number of devices that share a video."""
         return math.prod(self.mesh.shape[name] for name in self.tokens)
+
+    def rows(self, tokens: int) -> int:
+        """How many rows a model pads a video of so many tokens to, once for all blocks, so that devices divide it.
+
+        Each device's rows then begin with a softmax token at the usual rates: the same strided slice on all of them.
+        """
+        return padded_length(tokens, self.parts, 8)
 
 
 def attention(
@@ -110,6 +117,8 @@ def shard_attention(
         shard: how they are split.
         backend: as in `ops.hybrid.attention`.
     """
+    if shard.parts == 1 and q.shape[1] == math.prod(grid):
+        return hybrid.attention(q, k, v, phi, spec=spec, grid=grid, backend=backend)
     chosen = backends.choose(backend, spec, q.shape[-1], q.dtype)
     if spec.kind == "softmax":
         return _softmax(q, k, v, phi, spec, grid, shard, backend, chosen)
@@ -117,7 +126,7 @@ def shard_attention(
         return tpu_hybrid.attention(partial(_mixed, shard=shard), q, k, v, phi, spec, grid, shard)
     if chosen == "gpu":
         return gpu_hybrid.attention(q, k, v, phi, spec=spec, grid=grid, shard=shard)
-    return _mixed(q, k, v, phi, spec, grid, shard)
+    return residuals.from_inputs(partial(_mixed, spec=spec, grid=grid, shard=shard))(q, k, v, phi)
 
 
 def _mixed(q, k, v, phi, spec, grid, shard):
@@ -133,7 +142,7 @@ def _softmax(q, k, v, phi, spec, grid, shard, backend, chosen):
         plain = partial(_softmax_over_all, shard=shard)
         if chosen == "tpu":  # hybrid attention whose S is everything is softmax attention
             return tpu_hybrid.attention(plain, q, k, v, phi, replace(spec, kind="hybrid", rate=1), grid, shard)
-        return plain(q, k, v, phi, spec, grid)
+        return residuals.from_inputs(partial(plain, spec=spec, grid=grid))(q, k, v, phi)
     n, length = math.prod(grid), q.shape[1] * shard.parts
     exchange = partial(jax.lax.all_to_all, axis_name=shard.axes, tiled=True)
     q, k, v = (exchange(x, split_axis=2, concat_axis=1)[:, :n] for x in (q, k, v))

@@ -1,14 +1,15 @@
 """Hybrid softmax/linear attention (paper Eq. 5) and the one dispatcher over attention kinds."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from hybrid_dit.array_typing import Array, Float, PyTree
-from hybrid_dit.ops import backends, feature_maps
+from hybrid_dit.ops import backends, feature_maps, residuals
 from hybrid_dit.ops.kernels import gpu_hybrid, tpu_hybrid
-from hybrid_dit.ops.softmax import softmax_attention, softmax_sums
+from hybrid_dit.ops.softmax import fused_on_gpu, softmax_attention, softmax_sums
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid, linear_keys, softmax_tokens
 
@@ -43,7 +44,10 @@ def attention(
         return tpu_hybrid.attention(ATTENTIONS[spec.kind], q, k, v, phi, spec, grid)
     if chosen == "gpu":
         return gpu_hybrid.attention(q, k, v, phi, spec=spec, grid=grid)
-    return ATTENTIONS[spec.kind](q, k, v, phi, spec, grid)
+    run = partial(ATTENTIONS[spec.kind], spec=spec, grid=grid)
+    if spec.kind == "softmax" and fused_on_gpu(q):
+        return run(q, k, v, phi)
+    return residuals.from_inputs(run)(q, k, v, phi)
 
 
 def softmax_part(

@@ -6,7 +6,7 @@ import jax
 import pytest
 from workdirs import tiny_config
 
-from hybrid_dit import cost, main
+from hybrid_dit import cost, main, plan_steps, targets
 from hybrid_dit.command_line import load, override
 from hybrid_dit.errors import UserError
 from hybrid_dit.jobs import plan
@@ -37,7 +37,7 @@ def check(report, out, wan, devices):
     assert report["needed_bytes"] == report["argument_bytes"] + report["temporary_bytes"] > 0
     assert report["tokens"] == 12 and report["collectives_in_loops_of_unknown_length"] == 0
     # The teacher's weights alone, float32 and at most divided by all devices, are arguments.
-    weights = sum(leaf.size for leaf in jax.tree.leaves(plan.abstract_dit(wan)))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(plan_steps.abstract_dit(wan)))
     assert report["argument_bytes"] > 4 * weights / devices
     for kind, traffic in report["collectives"].items():
         assert kind in out and traffic["count"] > 0 and traffic["bytes"] > 0
@@ -50,13 +50,13 @@ def test_fine_tuning_fits(root, tmp_path, capsys):
     code, report, config = planned(root, tmp_path, "finetune")
     out = capsys.readouterr().out
     assert code == 0 and report["fits"] and "DOES NOT FIT" not in out
-    check(report, out, plan.sizes(config)[0], 4)
+    check(report, out, plan_steps.sizes(config)[0], 4)
     # The batch of 4 is divided, so its gradients must be summed.
     assert {"all-reduce", "reduce-scatter"} & report["collectives"].keys()
 
 
 def test_advice_for_a_step_that_does_not_fit(root):
-    report = {"needed_bytes": 32 * plan.GIB, "memory_bytes": 16 * plan.GIB, "devices": 16}
+    report = {"needed_bytes": 32 * targets.GIB, "memory_bytes": 16 * targets.GIB, "devices": 16}
     advice = plan.advice(settings(root, "finetune"), report)
     assert "needs 32.00 GiB and has 16.00 GiB" in advice and "would need 32 of them" in advice
     assert "batch" not in advice and "distill" not in advice  # 4 videos are not even one per device
@@ -79,23 +79,23 @@ def test_what_the_compiler_refuses_is_reported(root, tmp_path, monkeypatch, caps
 
 def test_flops_of_the_steps(root):
     config = tiny_config("plan", root, distill__batch=3)  # R2 and linear; 1R2 is the budget
-    wan, shape = plan.sizes(config)
-    size = plan.cost_shape(wan, shape)
+    wan, shape = plan_steps.sizes(config)
+    size = plan_steps.cost_shape(wan, shape)
     n, d = size.tokens, size.dim
     teacher = cost.model_flops(size, [from_label("softmax")] * 2)
     linear = {label: cost.attention_flops(size, from_label(label)) for label in ("R2", "linear")}
     maps = 3 * (linear["R2"] - 4 * n * (n // 2) * d + linear["linear"])  # no gradient through q, k, v; S for nothing
-    assert plan.distill_flops(config, wan, shape) == 2 * 3 * (teacher + 2 * maps)
+    assert plan_steps.distill_flops(config, wan, shape) == 2 * 3 * (teacher + 2 * maps)
     override(config, "distill.branches", "cond")
-    assert plan.distill_flops(config, wan, shape) == 2 * 3 * teacher + 3 * 2 * maps
+    assert plan_steps.distill_flops(config, wan, shape) == 2 * 3 * teacher + 3 * 2 * maps
     override(config, "distill.activations", "stacked")
     anew = 6 * n * d**2 + 4 * n**2 * d
-    assert plan.distill_flops(config, wan, shape) == 2 * 3 * teacher + 3 * 2 * (maps + anew)
+    assert plan_steps.distill_flops(config, wan, shape) == 2 * 3 * teacher + 3 * 2 * (maps + anew)
     config = tiny_config("plan", root, distill__rates="R2,R3")  # 12 tokens: S(3) is not in S(2)
     maps = sum(3 * (cost.attention_flops(size, from_label(f"R{r}")) - 4 * n * (n // r) * d) for r in (2, 3))
-    assert plan.distill_flops(config, wan, shape) == 2 * (teacher + 2 * (maps + 4 * n * (n // 3) * d))
+    assert plan_steps.distill_flops(config, wan, shape) == 2 * (teacher + 2 * (maps + 4 * n * (n // 3) * d))
     hybrid = cost.model_flops(size, [from_label("R2"), from_label("softmax")])
-    assert plan.finetune_flops(config, wan, shape) == 3 * 4 * hybrid
+    assert plan_steps.finetune_flops(config, wan, shape) == 3 * 4 * hybrid
 
 
 @pytest.mark.parametrize("job", ["sample", "decode"])
@@ -103,19 +103,19 @@ def test_sampling_fits_beside_the_dit(root, tmp_path, job, capsys, compile_quick
     code, report, config = planned(root, tmp_path, job, target="cpu:2", sample__variant="finetuned", sample__batch=1)
     out = capsys.readouterr().out
     assert code == 0 and report["fits"] and "compiled in" in out
-    wan, shape = plan.sizes(config)
+    wan, shape = plan_steps.sizes(config)
     # The small DiT is whole on every device, float32, with the feature maps of the budget's hybrid.
-    dit = plan.abstract_dit(wan, plan.planned_attention(config, wan))
+    dit = plan_steps.abstract_dit(wan, plan_steps.planned_attention(config, wan))
     assert "feature_maps" in dit
     assert report["argument_bytes"] > 4 * sum(leaf.size for leaf in jax.tree.leaves(dit))
     if job == "sample":  # 2 devices: a branch each
-        hybrid = cost.model_flops(plan.cost_shape(wan, shape), [from_label("R2"), from_label("softmax")])
+        hybrid = cost.model_flops(plan_steps.cost_shape(wan, shape), [from_label("R2"), from_label("softmax")])
         assert report["flops_per_device"] == hybrid
         assert report["temporary_bytes"] > 0
 
 
 def test_advice_for_sampling(root):
-    report = {"needed_bytes": 32 * plan.GIB, "memory_bytes": 16 * plan.GIB, "devices": 1}
+    report = {"needed_bytes": 32 * targets.GIB, "memory_bytes": 16 * targets.GIB, "devices": 1}
     assert "--config.sample.sequential=True" in plan.advice(settings(root, "sample"), report)
     assert "--config.sample.windows, now 0" in plan.advice(settings(root, "decode"), report)
     assert "--config.sample.batch, now 2" in plan.advice(settings(root, "decode"), report)
@@ -123,13 +123,13 @@ def test_advice_for_sampling(root):
 
 def test_published_sizes_need_no_weights():
     config = load("configs/plan.py:wan_1_3b")
-    wan, shape = plan.sizes(config)
+    wan, shape = plan_steps.sizes(config)
     assert wan == PRESETS["wan_1_3b"] and shape == (21, 60, 104, 16) and wan.grid(shape) == (21, 30, 52)
     # Parameters of the published checkpoint (825 tensors).
-    assert sum(leaf.size for leaf in jax.tree.leaves(plan.abstract_dit(wan))) == 1_418_996_800
+    assert sum(leaf.size for leaf in jax.tree.leaves(plan_steps.abstract_dit(wan))) == 1_418_996_800
     override(config, "preset", "wan_13b")
     with pytest.raises(UserError, match="preset='wan_13b' is unknown; choose wan_1_3b or wan_14b"):
-        plan.sizes(config)
+        plan_steps.sizes(config)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_distillation_by_command_line_without_a_workdir_exits_with_1_if_it_does_
     assert "DOES NOT FIT" in out
     report = json.loads((tmp_path / "runs/plan/plan/distill_weights_cpu_2.json").read_text())
     assert not report["fits"] and report["memory_bytes"] == 1073
-    check(report, out, plan.sizes(config)[0], 2)
+    check(report, out, plan_steps.sizes(config)[0], 2)
 
 
 @pytest.mark.slow

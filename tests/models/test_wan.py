@@ -118,7 +118,7 @@ def test_forward_matches_unmodified_diffusers_where_its_float32_embedding_is_acc
     assert relative(got, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("remat", ["none", "block", "dots"])
+@pytest.mark.parametrize("remat", ["none", "block", "attention", "dots"])
 def test_parameter_gradients_match_diffusers(pair, remat, monkeypatch):
     model, config, params, entries = pair
     latents, text = inputs(config, seed=2)
@@ -202,7 +202,7 @@ def test_bad_shapes_and_specs_are_named():
         config.grid((1, 3, 5, 4, 4))
     with pytest.raises(UserError, match="3 attention specs for 2 blocks"):
         init(config, (AttentionSpec(),) * 3)
-    with pytest.raises(UserError, match="remat 'all' is unknown; choose one of none, block, dots"):
+    with pytest.raises(UserError, match="remat 'all' is unknown; choose one of none, block, attention, dots"):
         latents, text = inputs(config)
         wan.WanDiT(config, remat="all").init(jax.random.key(0), latents, np.zeros(2, np.float32), text)
     with pytest.raises(UserError, match="share one feature map"):

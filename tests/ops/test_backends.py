@@ -12,6 +12,7 @@ from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig, WanDiT
 from hybrid_dit.ops import backends, feature_maps
 from hybrid_dit.ops.hybrid import attention
+from hybrid_dit.ops.kernels import tpu_blocks
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
 
 R2 = AttentionSpec("hybrid", 2)
@@ -35,6 +36,27 @@ def test_auto_on_a_tpu_is_tpu_if_it_is_the_only_one(monkeypatch, devices, chosen
     assert backends.choose("auto", R2, 128, jnp.bfloat16) == chosen
     assert backends.choose("auto", R2, 24, jnp.bfloat16) == "xla"
     assert backends.choose("tpu", R2, 128, jnp.bfloat16) == "tpu"
+
+
+def test_auto_goes_by_the_mesh_inside_shard_map():
+    """A program may be compiled for devices that are not here, each of which runs a kernel of its own."""
+    seen = []
+
+    def body(x):
+        seen.append((backends.choose("auto", R2, 128, jnp.bfloat16), tpu_blocks.default_blocks().queries))
+        return x
+
+    def trace(names, axes):
+        mesh = jax.sharding.AbstractMesh(
+            (2, 2), ("a", "b"), abstract_device=jax.sharding.AbstractDevice("TPU v6 lite", None, "tpu")
+        )
+        where = jax.sharding.PartitionSpec(names)
+        f = jax.shard_map(body, mesh=mesh, in_specs=where, out_specs=where, axis_names=axes, check_vma=False)
+        jax.eval_shape(f, jnp.ones(4))
+
+    trace(("a", "b"), {"a", "b"})
+    trace("a", {"a"})  # the compiler splits over b
+    assert seen == [("tpu", tpu_blocks.BLOCKS["v6e"].queries), ("xla", tpu_blocks.BLOCKS["v5e"].queries)]
 
 
 def test_the_gpus_kernels_are_asked_for_by_name(monkeypatch):

@@ -18,6 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from hybrid_dit.array_typing import Array, DTypeLike, Float, PyTree
 from hybrid_dit.ops.kernels import gpu_linear, gpu_linear_backward, gpu_phi, gpu_softmax
 from hybrid_dit.ops.kernels.gpu_tiles import LONGEST, TINY, Tiles
+from hybrid_dit.ops.residuals import marked
 from hybrid_dit.ops.shards import Shard
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid, linear_keys, softmax_tokens
@@ -125,6 +126,7 @@ def _forward(how, q, k, v, softmax_keys, phi):
         y, denominator = gpu_linear.read(q, given, _weights(phi, "q", q), _parts(sums, q), *_rest(how))
     else:
         y, denominator = out, weight
+    y, denominator, c, sums = marked((y, denominator, c, sums))
     return y, (q, k, v, softmax_keys, phi, y, denominator, c, sums)
 
 

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hybrid_dit.array_typing import Array, PyTree
+from hybrid_dit.ops.manual import manual_device
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid
 
@@ -30,7 +31,7 @@ class Blocks:
         back_queries, back_keys, back_chunk: the same of the backward kernel of queries.
         back_linear: keys and values of a step of the backward kernel of keys.
         back_rows: tokens of a tile that go back through a feature map at a time.
-    back_span: softmax keys whose gradients are summed in fast memory at a time.
+        back_span: softmax keys whose gradients are summed in fast memory at a time.
         back_vmem: MiB that a backward kernel may use.
     """
 
@@ -59,8 +60,11 @@ _KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite"
 
 
 def default_blocks() -> Blocks:
-    """Tile sizes for the TPU of this process; those of v5e for a kind that is not in the table, or without a TPU."""
-    return BLOCKS[_KINDS.get(jax.devices()[0].device_kind, "v5e")]
+    """Tile sizes for the TPU that the program is traced for, inside `shard_map`; else for that of this process.
+
+    Those of v5e for a kind that is not in the table, or without a TPU.
+    """
+    return BLOCKS[_KINDS.get((manual_device() or jax.devices()[0]).device_kind, "v5e")]
 
 
 def flat(x: Array) -> Array:

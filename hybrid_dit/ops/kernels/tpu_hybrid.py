@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from hybrid_dit.array_typing import Array, DTypeLike, Float, PyTree
 from hybrid_dit.ops.kernels import tile_features, tpu_backward, tpu_forward
 from hybrid_dit.ops.kernels.tpu_blocks import LANES, Blocks, default_blocks, flat
+from hybrid_dit.ops.residuals import marked
 from hybrid_dit.ops.shards import Shard
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid, softmax_tokens
@@ -73,9 +74,8 @@ def forward_and_residuals(
     interpret: Interpret = False,
     shard: Shard | None = None,
 ) -> tuple[Float[Array, "b n h d"], PyTree]:
-    """As `forward`, with what `backward` needs too: y, two numbers per row, state and normaliser of the linear part."""
-    y, kept = _forward(q, k, v, phi, spec, grid, blocks or default_blocks(), interpret, shard, keep=True)
-    return y, (y, *kept)
+    """As `forward`, with what `backward` needs beside y: two numbers per row, and the linear part's sums."""
+    return _forward(q, k, v, phi, spec, grid, blocks or default_blocks(), interpret, shard, keep=True)
 
 
 def _forward(q, k, v, phi, spec, grid, blocks, interpret, shard, keep):
@@ -96,6 +96,7 @@ def backward(
     k: Float[Array, "b n h d"],
     v: Float[Array, "b n h d"],
     phi: PyTree,
+    y: Float[Array, "b n h d"],
     residuals: PyTree,
     cotangent: Float[Array, "b n h d"],
     *,
@@ -112,7 +113,8 @@ def backward(
         k: keys.
         v: values.
         phi: parameters of the feature maps.
-        residuals: what `forward_and_residuals` returned beside y.
+        y: what `forward_and_residuals` returned.
+        residuals: what it returned beside y.
         cotangent: of y.
         spec: as there, like what follows.
         grid: of the tokens.
@@ -121,7 +123,7 @@ def backward(
         shard: inside `shard_map`, which part of a video's rows q, k and v are; `grid` is of the whole.
     """
     blocks = blocks or default_blocks()
-    y, stats, sums = residuals
+    stats, sums = residuals
     heads, linear, side = q.shape[2], _has_linear(spec), _keys_side(spec)
     params = {name: tile_features.operands(phi[name], jnp.float32) for name in ("q", side)} if linear else {"q": {}}
     rows = tuple(flat(x) for x in (q, cotangent, y))
@@ -203,13 +205,13 @@ def _attention_forward(xla, q, k, v, phi, spec, grid, shard):
         residuals = jax.eval_shape(functools.partial(fused, interpret=True), *args)[1]
         return xla(*args, spec, grid), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), residuals)
 
-    y, residuals = _by_platform(fused, plain, q, k, v, phi)
-    return y, (q, k, v, phi, residuals)
+    y, residuals = marked(_by_platform(fused, plain, q, k, v, phi))
+    return y, (q, k, v, phi, y, residuals)
 
 
 def _attention_backward(xla, spec, grid, shard, kept, cotangent):
-    def plain(q, k, v, phi, residuals, cotangent):
-        del residuals
+    def plain(q, k, v, phi, y, residuals, cotangent):
+        del y, residuals
         return jax.vjp(lambda *args: xla(*args, spec, grid), q, k, v, phi)[1](cotangent)
 
     return _by_platform(functools.partial(backward, spec=spec, grid=grid, shard=shard), plain, *kept, cotangent)
