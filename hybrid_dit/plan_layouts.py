@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
-SMALLEST = Fraction(1, 64)
+SMALLEST, LARGEST = Fraction(1, 64), Fraction(64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +51,13 @@ def search(devices: int, batch: int, memory: int, needed: Callable[[Layout], int
         needed: compiles the step and returns bytes per device; for steps that don't fit, what the compiler states.
 
     Returns:
-        Bytes of each layout that was tried: the largest that fits, and one twice that size which doesn't (unless not
-        even the smallest does).
+        Bytes of each layout that was tried: the largest that fits and the next one, which doesn't; or, where none fits,
+        all down to the smallest.
     """
     tried: dict[Layout, int] = {}
     smallest = max(SMALLEST, Fraction(1, 2 ** (devices.bit_length() - 1)))
     videos = max(smallest, _power_of_two(Fraction(batch, devices)))
-    while videos >= smallest and all(entry.videos != videos for entry in tried):
+    while smallest <= videos <= LARGEST and all(entry.videos != videos for entry in tried):
         entry = layout(videos, devices, batch)
         tried[entry] = needed(entry)
         fit = [entry.videos for entry in fitting(tried, memory)]
@@ -67,7 +67,7 @@ def search(devices: int, batch: int, memory: int, needed: Callable[[Layout], int
         too_large = [entry.videos for entry, size in tried.items() if size > memory]
         videos = 2 * max(fit)
         if not too_large:  # jump to what a line through the sizes known says
-            videos = max(videos, _predicted(tried, memory))
+            videos = min(LARGEST, max(videos, _predicted(tried, memory)))
         elif max(fit) * 2 < min(too_large):
             videos = min(too_large) / 2
     return tried

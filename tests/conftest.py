@@ -19,6 +19,19 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("hybrid_dit", "beartype.beartype")
 
+# What takes longest starts first, so that no process is left with a long file when the others are done.
+FIRST = "jobs/test_pretrain", "test_trainer", "jobs/", "test_wan_tiny", "test_distiller", "pytorch/", "models/", "ops/"
+
+
+def pytest_collection_modifyitems(items):
+    folder = os.path.dirname(__file__)
+
+    def rank(item):
+        path = os.path.relpath(item.path, folder)
+        return next((i for i, start in enumerate(FIRST) if path.startswith(start)), len(FIRST))
+
+    items.sort(key=rank)
+
 
 @pytest.fixture(scope="module")
 def compile_quickly():

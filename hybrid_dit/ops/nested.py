@@ -17,7 +17,7 @@ import numpy as np
 from hybrid_dit.array_typing import Array, Float
 from hybrid_dit.ops import backends, row_max
 from hybrid_dit.ops.hybrid import softmax_part
-from hybrid_dit.ops.kernels import gpu_softmax
+from hybrid_dit.ops.kernels import gpu_softmax, tpu_hybrid
 from hybrid_dit.ops.kernels.gpu_tiles import Tiles
 from hybrid_dit.ops.softmax import fused_on_gpu, softmax_sums
 from hybrid_dit.ops.spec import AttentionSpec
@@ -82,7 +82,8 @@ def nested_sums(
         v: values, likewise.
         specs: label -> attention.
         grid: of the tokens.
-        backend: with "gpu" (`ops.backends`), a flash kernel of this package takes the keys whose maximum is asked for.
+        backend: a name of `ops.backends.BACKENDS`. With "tpu" our kernel takes all keys; with "gpu" one of ours takes
+            the keys whose maximum is asked for.
 
     Returns:
         (softmax(q kᵀ) v in the dtype of `q`, {label: numerator [b, n, h, d] and denominator [b, n, h], as
@@ -92,18 +93,19 @@ def nested_sums(
     chained = _chained(specs, grid)
     out = {label: softmax_part(q, k, v, spec, grid) for label, spec in specs.items() if label not in chained}
     need_max = any(specs[label].stabiliser == "max" for label in chained)
-    flash = any(backends.choose(backend, specs[label], q.shape[-1], q.dtype) == "gpu" for label in chained)
+    chosen = {backends.choose(backend, spec, q.shape[-1], q.dtype) for spec in (*specs.values(), AttentionSpec())}
+    kernel = next((name for name in ("tpu", "gpu") if name in chosen), "")
 
     sums, inner = None, np.array([], np.int32)
     for label in sorted(chained, key=lambda label: -specs[label].rate):  # from the fewest keys to the most
         spec = specs[label]
         tokens = softmax_tokens(grid, spec.rate, spec.pattern)
-        sums = _add_keys(sums, q, k, v, np.setdiff1d(tokens, inner), need_max, flash)
+        sums = _add_keys(sums, q, k, v, np.setdiff1d(tokens, inner), need_max, kernel)
         out[label] = sums.numerator, sums.denominator
         if spec.stabiliser == "lse":  # c_i is the log-sum-exp: the softmax part is normalised
             out[label] = sums.numerator / sums.denominator[..., None], jnp.ones_like(sums.denominator)
         inner = tokens
-    sums = _add_keys(sums, q, k, v, np.setdiff1d(np.arange(k.shape[1]), inner), need_max=False, flash=False)
+    sums = _add_keys(sums, q, k, v, np.setdiff1d(np.arange(k.shape[1]), inner), need_max=False, kernel=kernel)
     teacher = (sums.numerator / sums.denominator[..., None]).astype(q.dtype)
     return teacher, {label: out[label] for label in specs}
 
@@ -119,17 +121,19 @@ def _chained(specs: Mapping[str, AttentionSpec], grid: Grid) -> set[str]:
     return {label for label, rate in alike.items() if rate in chain}
 
 
-def _add_keys(sums: Sums | None, q, k, v, index: np.ndarray, need_max: bool, flash: bool) -> Sums:
+def _add_keys(sums: Sums | None, q, k, v, index: np.ndarray, need_max: bool, kernel: str) -> Sums:
     """Adds the keys of `index`: cuDNN's kernel on a GPU with 16-bit inputs, elsewhere tiles of XLA operations.
 
-    cuDNN gives log-sum-exps but no maxima. Where the maximum is part of the function (c_i of Eq. 5), `flash` has our
-    own attention kernel instead, which is slower than cuDNN's; otherwise another kernel takes the maximum beside
-    cuDNN's, at the price of computing q·k of these keys once more.
+    `kernel` has ours instead, for "tpu" or "gpu". cuDNN gives log-sum-exps but no maxima. Where the maximum is part of
+    the function (c_i of Eq. 5), our kernel for GPUs takes its place, which is slower than cuDNN's; without it another
+    one takes the maximum beside cuDNN's, at the price of computing q·k of these keys once more.
     """
     if not len(index):  # two labels with the same tokens, or R = 1
         return sums
     k, v = _take(k, index), _take(v, index)
-    if need_max and flash:
+    if kernel == "tpu":
+        piece = Sums(*tpu_hybrid.softmax_sums(q, k, v))
+    elif need_max and kernel == "gpu":
         piece = _flash(q, k, v)
     elif fused_on_gpu(q) and (row_max.fits(q.shape[-1]) or not need_max):
         piece = _cudnn(q, k, v, need_max)

@@ -180,3 +180,37 @@ def test_cycles_of_attention_fall_with_the_rate(root, tmp_path):
     code, report, _ = planned(root, tmp_path, "select", target="v5e:1x1", **large)
     costs = report["costs"]
     assert code == 0 and costs["softmax"] > costs["R2"] > costs["R8"] > 0
+
+
+@pytest.mark.parametrize(
+    "memory, videos, recommended",
+    [
+        (20, "1", {"mesh.seq": 1, "finetune.accumulate": 1}),
+        (11, "1/2", {"mesh.seq": 2, "finetune.accumulate": 2}),
+        (1, None, None),
+    ],
+)
+def test_layouts_of_fine_tuning(root, tmp_path, monkeypatch, capsys, memory, videos, recommended):
+    """With 2 + 10 videos GiB per device, and a batch of 4 on 4 devices, of which two compiled steps differ."""
+    compiled = []
+
+    def fake(config, wan, shape, target):
+        cfg, devices = config.finetune, len(target.devices)
+        assert cfg.batch % cfg.accumulate == 0
+        compiled.append((config.mesh.seq, cfg.accumulate, cfg.batch))
+        needed = int((2 + 10 * cfg.batch / cfg.accumulate / devices) * targets.GIB)
+        return {"needed_bytes": needed, "fits": needed <= target.memory, "memory_bytes": target.memory}
+
+    monkeypatch.setattr(plan, "plan", fake)
+    monkeypatch.setattr(plan, "table", lambda report: "")
+    monkeypatch.setattr(plan, "advice", lambda config, report: "")
+    code, report, _ = planned(root, tmp_path, "finetune", memory_gib=float(memory))
+    assert code == (0 if memory == 20 else 1) and len(set(compiled)) == len(compiled)
+    found = report["layouts"]
+    assert found["largest_videos_per_device"] == videos and found["recommended"] == recommended
+    out = capsys.readouterr().out
+    if recommended:
+        assert f"largest that fits: {videos}\n" in out
+        assert f"for a batch of 4: --config.mesh.seq={recommended['mesh.seq']} --config.finetune.acc" in out
+    else:
+        assert "none of them fits" in out

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_hybrid import ODD, make_point
 
+from hybrid_dit import sharding
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig, WanDiT
 from hybrid_dit.ops import backends, feature_maps
@@ -89,3 +90,18 @@ def test_a_model_takes_its_backend():
     dits = [WanDiT(model, (R2,), backend=b) for b in ("tpu", "xla")]
     params = jax.eval_shape(dits[1].init, jax.random.key(0), *inputs)
     assert ["pallas_call" in str(jax.make_jaxpr(dit.apply)(params, *inputs)) for dit in dits] == [True, False]
+
+
+@pytest.mark.parametrize("remat, forwards", [("none", 1), ("block", 2), ("attention", 1)])
+def test_how_often_a_step_computes_attention(remat, forwards):
+    """Once; once more where blocks are computed anew, unless they keep what attention's backward pass needs."""
+    model = WanConfig(dim=128, num_heads=1, ffn_dim=16, num_layers=2, in_channels=2, text_dim=8, freq_dim=8)
+    specs = (R2, AttentionSpec())
+    inputs = np.ones((2, 3, 6, 6, 2), np.float32), np.ones(2, np.float32), np.ones((2, 3, 8), np.float32)
+    split = sharding.context_split(sharding.train_mesh(devices=jax.devices()[:2]))
+    params = jax.eval_shape(WanDiT(model, specs).init, jax.random.key(0), *inputs)
+    dit = WanDiT(model, specs, jnp.bfloat16, remat, "tpu", split)
+    program = str(jax.make_jaxpr(jax.grad(lambda p: dit.apply(p, *inputs).sum()))(params))
+    # A branch for each spec, and each with one for TPUs and one, interpreted, for other platforms.
+    assert program.count("name=hybrid_outputs") == forwards * len(specs) * 2
+    assert program.count("name=hybrid_back_queries") == len(specs) * 2

@@ -196,11 +196,13 @@ def test_log_sum_exps_merge_to_the_same_sums(stabiliser, monkeypatch):
         np.testing.assert_allclose(b, a, rtol=0, atol=relative * float(jnp.abs(a).max()))
 
 
-def test_a_flash_kernel_takes_the_keys_whose_maximum_is_asked_for():
+@pytest.mark.parametrize("backend, kernel, count", [("gpu", "hybrid_softmax", 2), ("tpu", "hybrid_outputs", 3)])
+def test_kernels_take_the_keys(backend, kernel, count):
+    """A GPU's those whose maximum is asked for, S(4) and S(2) without S(4); a TPU's all."""
     grid, d = (2, 3, 8), 16
     q, k, v = point(grid, batch=1, dim=d)
-    runs = {b: jax.jit(lambda *x, b=b: nested.nested_sums(*x, specs_of((2, 4)), grid, b)) for b in ("xla", "gpu")}
-    assert str(jax.make_jaxpr(runs["gpu"])(q, k, v)).count("name=hybrid_softmax\n") == 2  # S(4), S(2) without S(4)
+    runs = {b: jax.jit(lambda *x, b=b: nested.nested_sums(*x, specs_of((2, 4)), grid, b)) for b in ("xla", backend)}
+    assert str(jax.make_jaxpr(runs[backend])(q, k, v)).count(f"name={kernel}\n") == count
     _, _, largest = exact_sums(q, k, v, AttentionSpec("hybrid", 2), grid)
     relative = 2 * worst_case(48, d, largest, 3) * U32
     for a, b in zip(*(jax.tree.leaves(run(q, k, v)) for run in runs.values())):

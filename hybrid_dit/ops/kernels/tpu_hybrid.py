@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from hybrid_dit.array_typing import Array, DTypeLike, Float, PyTree
+from hybrid_dit.ops import softmax
 from hybrid_dit.ops.kernels import tile_features, tpu_backward, tpu_forward
+from hybrid_dit.ops.kernels.tile_features import LOG2E
 from hybrid_dit.ops.kernels.tpu_blocks import LANES, Blocks, default_blocks, flat
 from hybrid_dit.ops.residuals import marked
 from hybrid_dit.ops.shards import Shard
@@ -86,8 +88,8 @@ def _forward(q, k, v, phi, spec, grid, blocks, interpret, shard, keep):
         sums = tpu_forward.state(flat(k), flat(v), keys_map, *rest)
         sums = tpu_forward.in_parts(sums if shard is None else shard.sum(sums), k.dtype)
         params = tile_features.operands(phi["q"], q.dtype)
-    softmax = _softmax_pair(k, v, spec, grid, shard)
-    y, stats = tpu_forward.outputs(flat(q), softmax, params, sums, heads, spec, blocks, interpret, keep)
+    pair = _softmax_pair(k, v, spec, grid, shard)
+    y, stats = tpu_forward.outputs(flat(q), pair, params, sums, heads, spec, blocks, interpret, keep)
     return y.reshape(q.shape), (stats, sums)
 
 
@@ -218,6 +220,23 @@ def _attention_backward(xla, spec, grid, shard, kept, cotangent):
 
 
 attention.defvjp(_attention_forward, _attention_backward)
+
+
+def softmax_sums(
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
+) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"], Float[Array, "b n h"]]:
+    """As `ops.softmax.softmax_sums`, by the kernel of queries. Not differentiable.
+
+    The numerators are multiples of outputs in the dtype of `q`.
+    """
+
+    def fused(q, k, v, interpret=False):
+        how = q.shape[2], AttentionSpec(), default_blocks(), interpret
+        y, stats = tpu_forward.outputs(flat(q), (flat(k), flat(v)), {}, (), *how, keep=True)
+        c, weight = (jnp.moveaxis(x, 1, 2) for x in (stats[:, :, 0] / LOG2E, 1.0 / stats[:, :, 1]))
+        return y.reshape(q.shape).astype(jnp.float32) * weight[..., None], weight, c
+
+    return _by_platform(fused, softmax.softmax_sums, q, k, v)
 
 
 def _by_platform(fused, plain, q, *args):
