@@ -1,4 +1,4 @@
-"""Runs the same command in several processes on this machine, which find each other through localhost."""
+"""Runs commands in other processes, several of which find each other through localhost."""
 
 import os
 import socket
@@ -9,6 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # The library for collectives prints to file 1 in pieces that mix with Python's lines: Python keeps a copy of it.
 SEPARATE = "import os, sys; sys.stdout = os.fdopen(os.dup(1), 'w'); os.dup2(os.open(os.devnull, os.O_WRONLY), 1)\n"
+
+
+MAIN = "import sys\nfrom hybrid_dit import main\nsys.exit(main.main(sys.argv))"
 
 
 class Several:
@@ -45,6 +48,16 @@ class Several:
             for process in self.processes:
                 process.kill()
         return [(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, self.outputs)]
+
+
+def command_line(job: str, config, workdir: Path, *sections: str) -> list[str]:
+    """The options of `main` that give this config's sections; those that are empty keep the job's defaults."""
+    options = [f"--config={ROOT}/configs/{job}.py", f"--workdir={workdir}"]
+    for section in sections:
+        for name, value in config[section].items():
+            text = ",".join(value) if isinstance(value, tuple) else value
+            options.append(f"--config.{section}.{name}={text}")
+    return [option for option in options if not option.endswith("=")]
 
 
 def free_port() -> int:

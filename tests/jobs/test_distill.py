@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from several import Several
+from several import MAIN, Several, command_line
 from workdirs import PROMPTS, tiny_config
 
 from hybrid_dit import sharding
@@ -151,21 +151,15 @@ sys.exit(main.main(sys.argv))
 """
 
 
-def command_line(config, workdir):
-    """The options of `main` that give this config."""
-    options = [f"--config={REPOSITORY}/configs/distill.py", f"--workdir={workdir}"]
-    for section in ("model", "prompts", "distill"):
-        for name, value in config[section].items():
-            text = ",".join(value) if isinstance(value, tuple) else value
-            options.append(f"--config.{section}.{name}={text}")
-    return [option for option in options if not option.endswith("=")]
+def command(config, workdir):
+    return command_line("distill", config, workdir, "model", "prompts", "distill")
 
 
 def test_sigkill_loses_only_steps_that_come_again(whole, root, capsys):
     config = settings(root)
     step = random.SystemRandom().randrange(1, 2 * STEPS)
-    command = [sys.executable, "-c", KILLED.replace("STEP", str(step)), *command_line(config, root / "kill")]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    killed = [sys.executable, "-c", KILLED.replace("STEP", str(step)), *command(config, root / "kill")]
+    result = subprocess.run(killed, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert result.returncode == -signal.SIGKILL, result.stderr
     distill.run(config, root / "kill")
     out = capsys.readouterr().out
@@ -197,8 +191,7 @@ def test_two_processes_finish_what_one_began(whole, root, tmp_path, monkeypatch,
     with pytest.raises(SystemExit):
         distill.run(config, workdir)
     monkeypatch.undo()
-    program = "import sys\nfrom hybrid_dit import main\nsys.exit(main.main(sys.argv))"
-    several = Several(tmp_path, program, *command_line(config, workdir), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    several = Several(tmp_path, MAIN, *command(config, workdir), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     (first, out, error), (second, silent, other) = several.finish()
     assert (first, second) == (0, 0), error + other
     assert "continues after 18 steps" in out and "distill" not in silent
