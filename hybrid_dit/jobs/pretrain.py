@@ -207,8 +207,8 @@ def train_dit(config, workdir: Path, scenes, latents, vae_config: VAEConfig, vae
 
     key = jax.random.key(config.seed + 1)
     params = {
-        "dit": model.init(key, latents[:1] * 1.0, jnp.zeros(1), jnp.zeros((1, 1, wan.text_dim)))["params"],
-        "text": encoder.init(key, ids[:1], jnp.ones_like(ids[:1]))["params"],
+        "dit": jax.jit(model.init)(key, latents[:1] * 1.0, jnp.zeros(1), jnp.zeros((1, 1, wan.text_dim)))["params"],
+        "text": jax.jit(encoder.init)(key, ids[:1], jnp.ones_like(ids[:1]))["params"],
     }
     print(f"parameters: DiT {count(params['dit']):,}, text {count(params['text']):,}, VAE {count(vae_params):,}")
     tx = make_optimizer(cfg)

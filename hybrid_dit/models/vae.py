@@ -268,7 +268,7 @@ class WanVAE(nn.Module):
 def init(config: VAEConfig, key: Array) -> dict[str, Any]:
     """Returns random parameters; under `jax.eval_shape` their shapes, which key tables are expanded with."""
     side = config.spatial_stride
-    return WanVAE(config).init(key, jnp.zeros((1, 1, side, side, 3)))["params"]
+    return jax.jit(WanVAE(config).init)(key, jnp.zeros((1, 1, side, side, 3)))["params"]  # one program, not hundreds
 
 
 def check_video(config: VAEConfig, shape: tuple[int, ...]) -> None:
