@@ -39,6 +39,8 @@ def run(config, workdir: Path) -> None:
         raise UserError(f"sample.variant={cfg.variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
     if cfg.batch < 1 or cfg.samples < 1 or cfg.first < 0:
         raise UserError("sample.batch and sample.samples must be at least 1, sample.first at least 0 (0 means all)")
+    if cfg.fps <= 0:
+        raise UserError(f"sample.fps={cfg.fps} must be positive")
     everything = wanted_videos(config)
     mine = layout.of_share(everything, cfg.share)
     model = config.model
