@@ -53,7 +53,8 @@ def summarise(sampled: Mapping[str, Sampled], scenes: Sequence[Scene] | None, fl
         flops: attention FLOPs per video.
     """
     teacher = sampled["teacher"]
-    teacher_motion = np.array([motion_magnitude(video) for video in teacher.videos])
+    moves = teacher.videos.shape[1] > 1  # a picture has no motion
+    teacher_motion = np.array([motion_magnitude(video) for video in teacher.videos]) if moves else None
     results, teacher_total = {}, None
     for name, result in sampled.items():
         row = {"blocks": [spec.label for spec in result.attention] or "softmax everywhere"}
@@ -67,9 +68,11 @@ def summarise(sampled: Mapping[str, Sampled], scenes: Sequence[Scene] | None, fl
         own = name == "teacher"  # nothing to compare with
         row["psnr_to_teacher"] = None if own else _interval(fidelity.psnr(result.videos, teacher.videos))
         row["ssim_to_teacher"] = None if own else _interval(fidelity.ssim(result.videos, teacher.videos), 4)
-        motion = teacher_motion if own else np.array([motion_magnitude(video) for video in result.videos])
-        row["motion"] = _interval(motion, 4)
-        row["motion_to_teacher"] = None if own else _ratio(motion, teacher_motion)
+        row["motion"] = row["motion_to_teacher"] = None
+        if moves:
+            motion = teacher_motion if own else np.array([motion_magnitude(video) for video in result.videos])
+            row["motion"] = _interval(motion, 4)
+            row["motion_to_teacher"] = None if own else _ratio(motion, teacher_motion)
         row["velocity_error"] = {
             "timesteps": [round(float(t), 2) for t in result.times],
             **{norm: [_interval(at, 5) for at in errors] for norm, errors in result.errors.items()},

@@ -22,7 +22,7 @@ from hybrid_dit.models.vae import VAEConfig, WanVAE, encode
 from hybrid_dit.models.vae_windows import decode_in_windows
 from hybrid_dit.models.wan import WanConfig, WanDiT, modulation, pack_text
 from hybrid_dit.ops.spec import AttentionSpec
-from hybrid_dit.sampling import ALWAYS, guided, guided_steps, make_sampler, reused_steps, stepwise
+from hybrid_dit.sampling import ALWAYS, check_interval, guided, guided_steps, make_sampler, reused_steps, stepwise
 from hybrid_dit.split_dit import SplitDiT
 
 TEXT_ROWS = 8  # text lengths are rounded up to a multiple, so that few shapes are compiled
@@ -164,7 +164,7 @@ class Generator:
         guidance: float,
         dtype: DTypeLike,
         backend: str = "auto",
-        interval: tuple[float, float] = ALWAYS,
+        interval: Sequence[float] = ALWAYS,
         sequential: bool = False,
         reuse: float = 0.0,
         mesh: Mesh | None = None,
@@ -189,9 +189,10 @@ class Generator:
         """
         self.wan, self.guidance, self.dtype, self.backend = pipeline.wan, guidance, jnp.dtype(dtype), backend
         self.sampler = make_sampler(sampler, num_steps, pipeline.shift)
-        self.interval, self.sequential, self.mesh = interval, sequential, mesh if mesh and mesh.size > 1 else None
-        if windows < 0 or not interval[0] <= interval[1]:
-            raise UserError(f"windows={windows} must be at least 0, and the interval {interval} not be empty")
+        self.interval, self.sequential = check_interval(interval), sequential
+        self.mesh = mesh if mesh and mesh.size > 1 else None
+        if windows < 0:
+            raise UserError(f"windows={windows} must be at least 0")
         self._threshold, self._windows = reuse, windows
         self._vae, self._vae_dtype = pipeline.vae, jnp.dtype(vae_dtype)
         reused_steps(np.ones((1, 1)), reuse)  # refuses thresholds that are none

@@ -136,11 +136,14 @@ def assemble(
         specs: label -> attention.
 
     Raises:
-        UserError: a chosen label was not distilled.
+        UserError: a chosen label was not distilled, or there is not one for each block.
     """
     unknown = sorted(set(choice) - set(maps) - {"softmax"})
     if unknown:
         raise UserError(f"no feature maps for {', '.join(unknown)}; distilled are {', '.join(maps)}")
+    blocks = {len(leaf) for leaf in jax.tree.leaves(maps)} or {len(choice)}
+    if blocks != {len(choice)}:  # people edit the file of rates
+        raise UserError(f"{len(choice)} rates for {max(blocks)} blocks: {', '.join(choice)}; give one per block")
     attention = tuple(specs[label] if label != "softmax" else AttentionSpec() for label in choice)
     if all(label == "softmax" for label in choice):
         return attention, dict(teacher)

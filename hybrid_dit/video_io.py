@@ -28,7 +28,7 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: int | float = 16, crf: i
         crf: x264's quality; 0 is lossless, 12 is hard to tell from the original, 23 is x264's own default.
 
     Raises:
-        UserError: another extension, dtype, shape or odd size.
+        UserError: another extension, dtype or shape, an odd size, or no frames per second.
     """
     path = Path(path)
     if path.suffix != ".mp4":
@@ -38,6 +38,8 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: int | float = 16, crf: i
     _, height, width, _ = video.shape
     if height % 2 or width % 2:
         raise UserError(f"{path}: height and width must be even for H.264 with yuv420p, got {height}x{width}")
+    if not fps > 0:
+        raise UserError(f"{path}: a video needs a positive number of frames per second, got {fps}")
     # Files are passed open: libav would take "a: b.mp4" for the name of a protocol.
     with atomic_path(path) as temporary, open(temporary, "wb") as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))

@@ -55,6 +55,17 @@ def test_one_video_has_no_interval():
     assert evaluation._interval(np.array([3.0])) == [3.0, None, None]
 
 
+def test_pictures_have_no_motion():
+    """A model with frames=1 makes pictures; everything else is measured on them."""
+    video = np.full((2, 1, 16, 16, 3), 9, np.uint8)
+    sampled = {name: evaluation.Sampled(video, 1.0, 0.5, ()) for name in ("teacher", "finetuned")}
+    rows = evaluation.summarise(sampled, None, {"teacher": 100, "finetuned": 75})
+    assert rows["finetuned"]["motion"] is None and rows["finetuned"]["ssim_to_teacher"][0] == 1
+    results = {"machine": "m", "videos": 2, "sampler": "s", "variants": rows}
+    assert "100.0 dB" in evaluation.to_table(results)
+    assert "finetuned,,,,,,,100.0,100.0,100.0,1.0,1.0,1.0,,,,,,," in evaluation.to_csv(results)
+
+
 def test_tables_show_every_measure():
     rng = np.random.default_rng(0)
     teacher = rng.integers(0, 256, (2, 5, 16, 16, 3), np.uint8)

@@ -104,9 +104,17 @@ def test_forwards_of_an_interval_and_reused_steps(pipeline):
     assert generation.Generator(pipeline, "euler", 10, 3.0, "float32").reused(pipeline.dit) is None
 
 
-@pytest.mark.parametrize("values", [{"windows": -1}, {"interval": (900.0, 500.0)}, {"reuse": -0.1}])
-def test_impossible_settings_are_refused(pipeline, values):
-    with pytest.raises(UserError, match="at least 0"):
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"windows": -1}, "at least 0"),
+        ({"reuse": -0.1}, "at least 0"),
+        ({"interval": (900.0, 500.0)}, "LOW <= HIGH, got"),
+        ({"interval": (900.0,)}, "two timesteps"),
+    ],
+)
+def test_impossible_settings_are_refused(pipeline, values, message):
+    with pytest.raises(UserError, match=message):
         generation.Generator(pipeline, "euler", 10, 3.0, "float32", **values)
 
 

@@ -125,6 +125,9 @@ def test_a_workdir_that_is_a_file(tmp_path, capsys):
         ("model.frames=34", ["frames=34 is not 4n + 1; the nearest are 33 and 37"]),
         ("model.height=100", ["height=100 is not a multiple of 16; the nearest are 96 and 112"]),
         ("model.weights=nowhere", ["nowhere does not exist"]),
+        ("model.compute_dtype=fp16", ["model.compute_dtype=fp16 is unknown; choose one of float32, bfloat16"]),
+        ("model.attention_backend=flash", ["model.attention_backend=flash is unknown; choose one of auto, xla"]),
+        ("sample.vae_dtype=half", ["sample.vae_dtype=half is unknown"]),
     ],
 )
 def test_sizes_and_weights_are_checked_before_anything_is_written(command, tmp_path, job, override, parts):

@@ -174,3 +174,10 @@ def test_assemble_names_what_was_not_distilled():
     specs, maps = some_maps(["R2"])
     with pytest.raises(UserError, match="no feature maps for R8; distilled are R2"):
         surgery.assemble({}, maps, ["R8", "R2", "softmax", "R8"], specs)
+
+
+@pytest.mark.parametrize("choice", [["R2"] * 3, ["R2"] * 5])
+def test_assemble_wants_a_rate_for_each_block(choice):
+    specs, maps = some_maps(["R2"])
+    with pytest.raises(UserError, match=f"{len(choice)} rates for 4 blocks: R2, R2, .*one per block"):
+        surgery.assemble({}, maps, choice, specs)

@@ -89,6 +89,13 @@ def test_bad_videos_are_explained(tmp_path, name, shape, dtype, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_video_needs_frames_per_second(tmp_path):
+    for fps in (0, -3):
+        with pytest.raises(UserError, match=f"positive number of frames per second, got {fps}"):
+            video_io.write_mp4(tmp_path / "v.mp4", np.zeros((2, 16, 16, 3), np.uint8), fps)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unreadable_files_are_explained(tmp_path):
     with pytest.raises(UserError, match="can't open .*No such file"):
         video_io.read_mp4(tmp_path / "missing.mp4")

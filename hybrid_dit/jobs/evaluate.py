@@ -76,6 +76,8 @@ def measure(config, workdir: Path, prompts: list[str], folders: Mapping[str, Pat
         write_text(stage.folder / "velocity.csv", velocity_csv(results))
         draw_velocity_errors(stage.folder / "velocity.png", results)
     write_json(stage.folder / "results.json", results)
+    for left in stage.folder.rglob(".partial-*"):  # by a run that was killed
+        left.unlink()
     stage.finish()
 
 

@@ -14,7 +14,12 @@ def run(config, workdir: Path) -> None:
     """
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir} does not exist; give the folder of a surgery")
-    path, notes = write_report(workdir, int(config.report.max_mb * 1e6))
+    path, notes = write_report(workdir, max_bytes(config))
     for note in notes:
         print(f"report: {note}")
     print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB), open it in a browser")
+
+
+def max_bytes(config) -> int:
+    """Returns what the page may have."""
+    return int(config.report.max_mb * 1e6)

@@ -13,7 +13,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from hybrid_dit import generation, pictures, processes, sample_loading, sharding
+from hybrid_dit.atomic import write_json
 from hybrid_dit.convert import sources
+from hybrid_dit.convert.files import read_json
 from hybrid_dit.convert.pipeline import find, load_pipeline_config
 from hybrid_dit.data.prompts import read_prompts
 from hybrid_dit.errors import UserError
@@ -39,6 +41,8 @@ def run(config, workdir: Path) -> None:
         raise UserError(f"sample.variant={cfg.variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
     if cfg.batch < 1 or cfg.samples < 1 or cfg.first < 0:
         raise UserError("sample.batch and sample.samples must be at least 1, sample.first at least 0 (0 means all)")
+    if cfg.fps <= 0:
+        raise UserError(f"sample.fps={cfg.fps} must be positive")
     everything = wanted_videos(config)
     mine = layout.of_share(everything, cfg.share)
     model = config.model
@@ -50,6 +54,8 @@ def run(config, workdir: Path) -> None:
     # VBench takes everything in the folder of videos for one, hidden files too: only finished ones are moved there.
     own = "" if len(mine) == len(everything) else "_" + cfg.share.replace("/", "_of_")  # not cleared up by others
     unfinished = workdir / stage / f"unfinished{own}"
+    record = workdir / stage / f"{videos.name}_texts.json"
+    texts = processes.on_main(check_texts, record, videos, everything)
     todo = list(itertools.compress(mine, processes.on_main(_missing, videos, mine)))
     part_of = f" (share {cfg.share} of {len(everything):,})" if own else ""
     print(
@@ -61,8 +67,9 @@ def run(config, workdir: Path) -> None:
     mesh = sample_loading.sampling_mesh(cfg)
     generator = make_generator(config, mesh)
     Stage(workdir, stage, settings)
-    texts = [*dict.fromkeys(video.prompt for video in todo), model.negative_prompt]
-    text = sample_loading.encode_texts(model.weights, workdir / stage / "text", texts)
+    processes.on_main(write_json, record, texts)
+    prompts = [*dict.fromkeys(video.prompt for video in todo), model.negative_prompt]
+    text = sample_loading.encode_texts(model.weights, workdir / stage / "text", prompts)
     source = find(model.weights).parts["transformer"] if tuned is None else tuned / "transformer"
     part = sources.open_part(source, "transformer")
     params = sample_loading.load_dit(part, mesh, model.compute_dtype)
@@ -170,6 +177,33 @@ def wanted(cfg) -> dict[str, str]:
         if pairs[name] != prompt or stems.setdefault(stem, name) != name:
             raise UserError(f"two prompts would both be written to {stem}.mp4; tell them apart with sample.names")
     return dict(list(pairs.items())[: cfg.first or None])
+
+
+def check_texts(record: Path, videos: Path, wanted: Sequence[layout.Video]) -> dict[str, str]:
+    """Returns file -> what the model was given, of videos in a folder or wanted in it whose text is not their name.
+
+    Files keep the name of a rewritten prompt's original, so that only this tells with which text they were made.
+
+    Args:
+        record: JSON file of what this returned before; made when sampling begins.
+        videos: the folder.
+        wanted: all that will be in it.
+
+    Raises:
+        UserError: a video that is there was made with another text than is wanted now.
+    """
+    texts = {file: video.prompt for video in wanted for file in video.files if video.prompt != video.name}
+    if not record.is_file():
+        return texts
+    before = read_json(record)
+    for video in wanted:
+        for file in video.files:
+            if before.pop(file, video.name) != video.prompt and (videos / file).is_file():
+                raise UserError(
+                    f"{videos / file} was made with another text than is wanted now; set suite.rewritten or "
+                    "sample.prompts as they were, use another --workdir, or delete that folder to make it anew"
+                )
+    return before | texts
 
 
 def _settings(config):

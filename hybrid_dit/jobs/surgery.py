@@ -9,7 +9,7 @@ from hybrid_dit import jobs, knapsack, processes
 from hybrid_dit.errors import UserError
 from hybrid_dit.jobs import evaluate, report, select_rates
 from hybrid_dit.progress import duration
-from hybrid_dit.report import NAME, is_current
+from hybrid_dit.report import NAME, check_size, is_current
 from hybrid_dit.sampling import make_sampler
 from hybrid_dit.workdir import is_done
 
@@ -55,6 +55,7 @@ def check(config) -> None:
     """Raises UserError for settings of late stages that can't work, so that no early stage runs in vain."""
     evaluate.held_out(config)
     make_sampler(config.evaluate.sampler, config.evaluate.sample_steps, shift=1.0)
+    check_size(report.max_bytes(config))
     costs = select_rates.candidate_costs(config)
     blocks = select_rates.attention_shape(config).blocks
     budget = select_rates.parse_budget(config, costs, blocks)

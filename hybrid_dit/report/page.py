@@ -30,8 +30,7 @@ def write_report(workdir: Path, max_bytes: int = MAX_BYTES) -> tuple[Path, list[
     Raises:
         UserError: it holds no stage of a surgery, or `max_bytes` is too small for a page.
     """
-    if max_bytes < LEAST:
-        raise UserError(f"a report needs at least {LEAST / 1e6:g} MB, got {max_bytes / 1e6:g}; raise report.max_mb")
+    check_size(max_bytes)
     contents = read(workdir)
     rest = len(render(contents, films.Films((), ())).encode())
     room = max(0, max_bytes - rest - MARGIN) * 3 // 4  # base64 makes 4 bytes of 3
@@ -39,6 +38,12 @@ def write_report(workdir: Path, max_bytes: int = MAX_BYTES) -> tuple[Path, list[
     path = workdir / NAME
     write_text(path, render(contents, shown))
     return path, [*contents.problems, *shown.notes]
+
+
+def check_size(max_bytes: int) -> None:
+    """Raises UserError if a page of `max_bytes` is too small."""
+    if max_bytes < LEAST:
+        raise UserError(f"a report needs at least {LEAST / 1e6:g} MB, got {max_bytes / 1e6:g}; raise report.max_mb")
 
 
 def is_current(workdir: Path) -> bool:
@@ -54,7 +59,6 @@ def render(contents: Contents, shown: films.Films) -> Html:
     """Returns the page."""
     settings = compare(contents.settings, load_defaults())
     has_videos = shown.rows or shown.notes
-    curves = contents.distill_loss or contents.finetune_loss
     front = sections.pareto(contents.front, contents.chosen, contents.rates) if contents.front else None
     parts = {  # title -> (stage it comes from, content)
         "Summary": ("evaluate", sections.summary(contents.results) if contents.results else None),
@@ -62,7 +66,7 @@ def render(contents: Contents, shown: films.Films) -> Html:
         "Rate of every block": ("select", sections.rate_map(contents) if contents.chosen else None),
         "Errors": ("distill", sections.heat_map(contents.errors, contents.chosen) if contents.errors else None),
         "Pareto front": ("select", front),
-        "Training": ("distill", sections.losses(contents) if curves else None),
+        "Training": ("distill", sections.losses(contents)),
         "Environment": ("distill", sections.environment(contents)),
         "Settings": ("distill", sections.configuration(settings)),
         "Commands": ("distill", sections.reproduce(contents, settings)),
@@ -70,9 +74,7 @@ def render(contents: Contents, shown: films.Films) -> Html:
     links, blocks = [], []
     for title, (stage, content) in parts.items():
         anchor = title.lower().replace(" ", "-")
-        status = contents.status[stage]
-        why = "has no such file, or a broken one" if status == "complete" else f"is {status}"
-        missing = tag("p", f"Not available: the stage {stage} {why}.", class_="note")
+        missing = sections.absent(contents, stage)
         links.append(tag("li", tag("a", title, href=f"#{anchor}")))
         heading = tag("h2", title, id=f"{anchor}-title")
         blocks.append(tag("section", heading, content or missing, id=anchor, aria_labelledby=f"{anchor}-title"))

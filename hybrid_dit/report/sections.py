@@ -126,9 +126,16 @@ def pareto(front: Front, chosen: Choice | None, rates: Sequence[str]) -> Html:
     )
 
 
+def absent(contents: Contents, stage: str) -> Html:
+    """Says that something of a stage can't be shown, and why."""
+    status = contents.status[stage]
+    why = "has no such file, or a broken one" if status == "complete" else f"is {status}"
+    return tag("p", f"Not available: the stage {stage} {why}.", class_="note")
+
+
 def losses(contents: Contents) -> Html:
     """Training curves of stages 1 and 3."""
-    parts = []
+    parts = [tag("h3", "Distillation")]
     if contents.distill_loss:
         steps = range(1, 1 + len(next(iter(contents.distill_loss.values()))))
         width = max(len(steps) // 100, 1)  # a picture has no room for every step of a long run
@@ -136,15 +143,20 @@ def losses(contents: Contents) -> Html:
         label = "relative L1 error, mean over blocks" + (f" and {width} steps" if width > 1 else "")
         classes = [charts.rate_class(rate, contents.rates) for rate in curves]
         chart = charts.line_chart(curves, "Distillation", label, classes)
-        parts += [tag("h3", "Distillation"), chart]
+        parts.append(chart)
+    else:
+        parts.append(absent(contents, "distill"))
+    parts.append(tag("h3", "Fine-tuning"))
     if contents.finetune_loss and contents.finetune_loss[0]:
         steps, values = contents.finetune_loss
         curves = {"each step": (steps, values), f"mean of {AVERAGED}": (steps, _smooth(values, AVERAGED))}
-        parts += [tag("h3", "Fine-tuning"), charts.line_chart(curves, "Fine-tuning", "flow-matching loss")]
+        parts.append(charts.line_chart(curves, "Fine-tuning", "flow-matching loss"))
+    else:
+        parts.append(absent(contents, "finetune"))
     return tag("div", parts)
 
 
-def videos(films: Films, results: Results | None, prompts: Sequence[str] = ()) -> Html:
+def videos(films: Films, results: Results | None) -> Html:
     """All variants of every prompt side by side, with one set of controls (`page.js`); without scripts, one each."""
     clips = [clip for row in films.rows for clip in row.clips.values()]
     parts = [tag("p", note, class_="note") for note in films.notes]
@@ -154,7 +166,7 @@ def videos(films: Films, results: Results | None, prompts: Sequence[str] = ()) -
     scores = {row.name: row.each for row in results.variants} if results else {}
     about = {"data_fps": f"{longest.fps:g}", "data_frames": longest.frames}
     parts.append(_controls(longest.frames))
-    parts += [_film_row(row, scores, prompts) for row in films.rows]
+    parts += [_film_row(row, scores) for row in films.rows]
     return tag("div", parts, class_="player", **about)
 
 
@@ -176,13 +188,18 @@ def environment(contents: Contents) -> Html:
         parts.append(tag("p", f"Not recorded for: {', '.join(unknown)}."))
     if contents.results:
         parts.append(tag("p", f"Evaluation: {contents.results.about}."))
+    if not parts:
+        text = "Not available: versions and devices are recorded when a stage is complete."
+        parts.append(tag("p", text, class_="note"))
     return tag("div", parts)
 
 
 def configuration(settings: Settings) -> Html:
     """Settings that were changed, then all of them by section."""
     parts, model = [], " or ".join(settings.models)
-    if not model:
+    if not settings.values:
+        parts.append(tag("p", "Not available: no stage has settings that can be read.", class_="note"))
+    elif not model:
         parts.append(tag("p", "The defaults are not at hand (no configs folder beside the package)."))
     elif settings.changed:
         rows = [[key, _shown(value), _shown(default)] for key, (default, value) in settings.changed.items()]
@@ -260,14 +277,13 @@ def _controls(frames: int) -> Html:
     )
 
 
-def _film_row(row: Row, scores: Mapping[str, Sequence[float]], prompts: Sequence[str]) -> Html:
-    prompt = prompts[row.index] if row.index < len(prompts) else row.prompt
+def _film_row(row: Row, scores: Mapping[str, Sequence[float]]) -> Html:
     figures = []
     for name, clip in row.clips.items():
         each = scores.get(name, ())
         score = f", score {each[row.index]:.1f}" if row.index < len(each) else ""
-        figures.append(tag("figure", _video(clip, f"{name}: {prompt}"), tag("figcaption", f"{name}{score}")))
-    return tag("div", tag("h3", prompt), tag("div", figures, class_="films"))
+        figures.append(tag("figure", _video(clip, f"{name}: {row.prompt}"), tag("figcaption", f"{name}{score}")))
+    return tag("div", tag("h3", row.prompt), tag("div", figures, class_="films"))
 
 
 def _video(clip: Clip, label: str) -> Html:

@@ -6,7 +6,7 @@ Example:
     latents = run(params, noise, (context, negative_context), on_step=lambda done, x: print(done))
 """
 
-from hybrid_dit.sampling.guidance import ALWAYS, guided, guided_steps
+from hybrid_dit.sampling.guidance import ALWAYS, check_interval, guided, guided_steps
 from hybrid_dit.sampling.loop import one_step, sample, start, stepwise
 from hybrid_dit.sampling.schedule import Schedule, euler_schedule, shift_sigma, unipc_schedule, wan_schedule
 from hybrid_dit.sampling.step_cache import reused_steps
@@ -25,6 +25,7 @@ __all__ = [
     "SAMPLERS",
     "Sampler",
     "Schedule",
+    "check_interval",
     "dpm_plus_plus",
     "euler",
     "euler_ancestral",

@@ -1,19 +1,20 @@
 """Classifier-free guidance (arXiv:2207.12598): both branches in one call or one after the other, always or at times."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hybrid_dit.array_typing import Array, PyTree
+from hybrid_dit.errors import UserError
 
 Velocity = Callable[[PyTree, Array, Array, PyTree], Array]
 ALWAYS = (0.0, 1000.0)
 
 
 def guided(
-    velocity: Velocity, scale: float, interval: tuple[float, float] = ALWAYS, sequential: bool = False
+    velocity: Velocity, scale: float, interval: Sequence[float] = ALWAYS, sequential: bool = False
 ) -> Velocity:
     """v_uncond + scale (v_cond - v_uncond) where low <= t <= high, v_cond alone elsewhere.
 
@@ -30,8 +31,11 @@ def guided(
     Returns:
         a velocity function whose context is a pair (conditional, unconditional) of contexts for `velocity`, with the
         batch in axis 0 of every leaf; that of the unconditional one may be 1.
+
+    Raises:
+        UserError: the interval is none.
     """
-    low, high = interval
+    low, high = check_interval(interval)
 
     def both_branches(params, x, t, cond, uncond, scale):
         uncond = jax.tree.map(lambda c, u: jnp.broadcast_to(u, c.shape), cond, uncond)
@@ -61,3 +65,14 @@ def guided(
 def guided_steps(timesteps: np.ndarray, interval: tuple[float, float]) -> np.ndarray:
     """Returns which steps of a schedule are guided, bool [steps]."""
     return (timesteps >= interval[0]) & (timesteps <= interval[1])
+
+
+def check_interval(interval: Sequence[float]) -> tuple[float, float]:
+    """Returns (low, high).
+
+    Raises:
+        UserError: not two numbers, or low is above high.
+    """
+    if len(interval) != 2 or interval[0] > interval[1]:
+        raise UserError(f"a guided interval is two timesteps LOW,HIGH with LOW <= HIGH, got {tuple(interval)}")
+    return tuple(interval)

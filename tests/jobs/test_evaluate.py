@@ -118,10 +118,15 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(root, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(config, tmp_path)
     assert not (tmp_path / "evaluate" / "results.json").exists()
+    left = [tmp_path / "evaluate" / name for name in ("cache/.partial-1.npz", "videos/teacher/.partial-2.mp4")]
+    for file in left:  # as a killed run leaves them
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"half")
     del calls[:]
     monkeypatch.setattr(generation.Generator, "denoise", lambda *a, **k: (calls.append(0), original(*a, **k))[1])
     evaluate.run(config, tmp_path)
     assert len(calls) == 8 - 3  # four variants of two batches
+    assert not any(file.exists() for file in left)
     again = json.loads((tmp_path / "evaluate" / "results.json").read_text())["variants"]
     for name, row in results(root)["variants"].items():
         assert again[name]["score_of_each_video"] == row["score_of_each_video"]

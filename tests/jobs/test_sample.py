@@ -127,6 +127,9 @@ def test_prompts_and_names(root, tmp_path):
         ({"sample__variant": "student"}, "choose one of teacher, finetuned"),
         ({"sample__batch": 0}, "at least 1"),
         ({"sample__sampler": "unpic"}, "unknown sampler"),
+        ({"sample__interval": "500"}, r"two timesteps LOW,HIGH .*got \(500.0,\)"),
+        ({"sample__interval": "1,2,3"}, "two timesteps LOW,HIGH"),
+        ({"sample__fps": 0}, "sample.fps=0 must be positive"),
         ({"model__width": 40}, "width=40 is not a multiple"),
     ],
 )

@@ -99,6 +99,7 @@ def test_goes_on_at_the_stage_that_was_interrupted(tmp_path, monkeypatch, capsys
         ({"select__budget": "many"}, "can't read 'many'"),
         ({"evaluate__prompts": 9}, "has 3 prompts"),
         ({"evaluate__sampler": "ddim"}, "unknown sampler 'ddim'"),
+        ({"report__max_mb": 0.5}, "at least 1 MB, got 0.5"),
         ({"distill__rates": "R2,R2"}, "names a rate twice"),
         ({"model__height": 40}, "height=40 is not a multiple of 16"),
         ({"model__weights": "nowhere"}, "nowhere does not exist"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -70,6 +71,25 @@ def test_shares_make_the_suites_folder(root, capsys):
         a, b = (videos[f"{d}/{PROMPTS[0]}-{i}.mp4"] for d in ("Material", "Mechanics"))
         np.testing.assert_array_equal(a, b)
     assert np.abs(videos[f"Material/{PROMPTS[0]}-0.mp4"] - videos[f"Material/{PROMPTS[0]}-1.mp4"]).mean() > 5
+
+
+def test_videos_of_another_text_are_not_taken_for_those_asked_for(root, tmp_path):
+    """File names don't show the text that the model was given."""
+    (tmp_path / "new.txt").write_text("one\none\ntwo\n")
+    (tmp_path / "other.txt").write_text("one\none\nthree\n")
+    plain, run = settings("sample", root), tmp_path / "run"
+    rewritten = settings("sample", root, suite__rewritten=tmp_path / "new.txt", suite__dimensions="Material")
+    sample.run(plain, run)
+    with pytest.raises(UserError, match="-0.mp4 was made with another text than is wanted now"):
+        sample.run(rewritten, run)
+    shutil.rmtree(run / "sample_teacher" / "vbench2")  # as the message says
+    sample.run(rewritten, run)
+    everything = settings("sample", root, suite__rewritten=tmp_path / "other.txt")
+    sample.run(everything, run)  # the text of what was not sampled yet may change
+    texts = json.loads((run / "sample_teacher" / "vbench2_texts.json").read_text())
+    assert set(texts.values()) == {"one", "three"}
+    with pytest.raises(UserError, match="another text"):
+        sample.run(plain, run)
 
 
 def test_a_stray_file_is_told(root, capsys):

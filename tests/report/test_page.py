@@ -182,7 +182,8 @@ def test_a_page_without_a_stage_names_it(workdir, missing):
     found = written_from(workdir)
     assert f"Not in this report yet: {missing} (missing)." in "".join(text for _, text in found.find("header"))
     lacking = {
-        "distill": ["errors"],
+        "distill": ["errors", "training"],
+        "finetune": ["training"],
         "select": ["rate-of-every-block", "pareto-front"],
         "evaluate": ["summary", "videos"],
     }
@@ -197,7 +198,24 @@ def test_a_page_of_one_unfinished_stage_is_a_page(workdir, only):
         shutil.rmtree(workdir / stage)
     (workdir / only / "done.json").unlink()
     (workdir / only / "environment.json").unlink()
-    assert f"{only} (not complete)" in written_from(workdir).find("header")[0][1]
+    found = written_from(workdir)
+    assert f"{only} (not complete)" in found.find("header")[0][1]
+    assert "Not available: versions and devices" in found.section("environment") or only == "evaluate"
+
+
+@pytest.mark.parametrize("file, stage", [("distill/loss.csv", "distill"), ("finetune/metrics.jsonl", "finetune")])
+def test_a_curve_that_is_missing_is_named_beside_the_other(workdir, file, stage):
+    (workdir / file).unlink()
+    found = written_from(workdir)
+    assert f"the stage {stage} has no such file" in found.section("training")
+    assert len(found.find("figure", class_="chart")) == 2  # the other curve, and the Pareto front
+
+
+def test_settings_that_are_missing_are_not_called_defaults(workdir):
+    for stage in STAGES:
+        (workdir / stage / "settings.json").unlink()
+    text = written_from(workdir).section("settings")
+    assert "no stage has settings" in text and "All settings are the defaults" not in text
 
 
 def test_results_without_scores_show_likeness_and_no_empty_column(workdir):
