@@ -315,6 +315,13 @@ def test_numbers_out_of_range_are_told_at_once(tmp_path, change):
         finetune.run(settings("nowhere", **change), tmp_path)
 
 
+def test_a_setting_that_was_refused_does_not_stay_in_the_workdir(tmp_path):
+    for change in ({"schedule": "cosinus"}, {"timesteps": "normal"}, {"accumulate": 3}, {"learning_rates": (".*",)}):
+        with pytest.raises(UserError, match=f"finetune.{next(iter(change))}"):
+            finetune.run(settings("nowhere", **change), tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
 def test_missing_stages_are_named(base, tmp_path):
     with pytest.raises(UserError, match="distill"):
         finetune.run(settings("nowhere"), tmp_path)
