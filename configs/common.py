@@ -99,11 +99,12 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.finetune.profile = 0  # steps to trace for TensorBoard's profiler, after the first three
 
     c.data = ConfigDict()  # what stage 3 trains on, see docs/data.md
-    c.data.kind = "shapes" if tiny else "tfds"  # shapes (finetune.videos of them), tfds, parquet, tar, csv
-    c.data.path = ""  # folder of the data, for all kinds but shapes
+    c.data.kind = "shapes" if tiny else "tfds"  # tfds, parquet, tar, csv; shapes: finetune.videos, nothing else
+    c.data.path = ""  # folder of the data
     c.data.buckets = ()  # shapes to train on, such as 81x480x832 (frames, height, width); empty: all there are
     c.data.scale = "auto"  # of latents on disk: normalised (the DiT's), raw (the VAE's), auto: what the kind has
     c.data.dtype = "float32" if tiny else "bfloat16"  # of batches
+    # From here on: may change when a run is continued.
     c.data.text_rows = 0  # longest prompt in tokens; 0: the longest of the data, or all 512 if it doesn't tell
     c.data.max_bad = 100  # unusable samples that a process leaves out before it gives up
     c.data.threads = 2  # that prepare batches

@@ -78,29 +78,37 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged, or of another model.
         """
-        latest = processes.on_main(lambda: self.latest)  # what the others see of the folder may be older
+        latest = self._shared_latest()
         if latest is None:
             return None
         abstract = jax.tree.map(_abstract, like)
-        try:
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            return latest, self._manager.restore(latest, args=items).state
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            raise UserError(
-                f"checkpoint {self.folder / str(latest)} is damaged or of another model ({reason}); "
-                "delete it to continue from the one before, or the whole folder to start anew"
-            ) from error
+        return latest, self._restored(latest, state=ocp.args.StandardRestore(abstract)).state
 
     def extra(self) -> dict:
-        """Returns what was saved with the last complete checkpoint beside its state."""
-        items = ocp.args.Composite(extra=ocp.args.JsonRestore())
-        return self._manager.restore(processes.on_main(lambda: self.latest), args=items).extra
+        """Returns what was saved with the last complete checkpoint beside its state.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        return self._restored(self._shared_latest(), extra=ocp.args.JsonRestore()).extra
 
     def close(self) -> None:
         """Waits until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+    def _shared_latest(self) -> int | None:
+        return processes.on_main(lambda: self.latest)  # what the others see of the folder may be older
+
+    def _restored(self, step: int, **items):
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} is damaged or of another model ({reason}); "
+                "delete it to continue from the one before, or the whole folder to start anew"
+            ) from error
 
 
 def _abstract(x) -> jax.ShapeDtypeStruct:

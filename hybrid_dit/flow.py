@@ -52,14 +52,19 @@ def draw(
     Raises:
         UserError: an unknown distribution.
     """
-    if distribution not in DISTRIBUTIONS:
-        raise UserError(f"finetune.timesteps={distribution!r} is unknown; choose one of {', '.join(DISTRIBUTIONS)}")
+    check_distribution(distribution)
     key_order, key_level, key_noise = jax.random.split(key, 3)
     b = shape[0]
     level = (jax.random.permutation(key_order, b) + jax.random.uniform(key_level, (b,))) / b
     if distribution == "logit_normal":
         level = jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(level))
     return shift_sigma(level, shift), jax.random.normal(key_noise, shape)
+
+
+def check_distribution(name: str) -> None:
+    """Raises UserError for an unknown distribution of noise levels."""
+    if name not in DISTRIBUTIONS:
+        raise UserError(f"finetune.timesteps={name!r} is unknown; choose one of {', '.join(DISTRIBUTIONS)}")
 
 
 def noisy(

@@ -38,6 +38,9 @@ class Monitor:
         """
         writes = processes.is_main()
         self._log = LossLog(folder / METRICS_FILE if writes else None, first, AVERAGED)
+        earlier = processes.on_main(lambda: list(self._log.recent))
+        if not writes:  # the best checkpoint is chosen by the mean: it has to be the same everywhere
+            self._log.recent.extend(earlier)
         self._events = EventFile(folder / EVENTS, first + 1) if writes else None
         self._progress = Progress("finetune", steps, start=first) if writes else None
         peak = targets.peak(jax.devices()[0].device_kind)

@@ -53,6 +53,17 @@ class Samples(NamedTuple):
     noise: Float[Array, "b t y x c"]
 
 
+def check(cfg) -> None:
+    """Raises UserError for what is wrong with section `finetune` whatever the model: before anything is read for it."""
+    Optimiser(cfg)
+    flow.check_distribution(cfg.timesteps)
+    if cfg.accumulate < 1 or cfg.batch % cfg.accumulate:
+        raise UserError(
+            f"finetune.accumulate={cfg.accumulate} must divide finetune.batch={cfg.batch}: it is the number of parts "
+            "that a batch is computed in"
+        )
+
+
 class Trainer:
     """The train step of one hybrid on one mesh."""
 
@@ -76,18 +87,14 @@ class Trainer:
             mesh: from `sharding.train_mesh`.
 
         Raises:
-            UserError: settings of the optimiser, or parts that don't divide the batch.
+            UserError: see `check`.
         """
         self.cfg, self.seed, self.dtype = config.finetune, config.seed, jnp.dtype(config.model.compute_dtype)
         self.backend = config.model.attention_backend
         self.wan, self.attention, self.empty, self.mesh = wan, attention, empty, mesh
         self.shift = self.cfg.shift or shift
+        check(self.cfg)
         self.optimiser = Optimiser(self.cfg)
-        if self.cfg.accumulate < 1 or self.cfg.batch % self.cfg.accumulate:
-            raise UserError(
-                f"finetune.accumulate={self.cfg.accumulate} must divide finetune.batch={self.cfg.batch}: it is the "
-                "number of parts that a batch is computed in"
-            )
 
     # State
 

@@ -41,17 +41,18 @@ if ((processes == 1)) && [[ -z $gpus_each$cpu_devices ]]; then
     exit 0
   fi
   mkdir -p "$workdir"
-  PYTHONUNBUFFERED=1 "${command[@]}" 2>&1 | tee -a "$workdir/log.txt"
-  exit 0
+  # The job takes the place of this script, so that a signal reaches it; Ctrl-C must not end tee before it (-i).
+  exec env PYTHONUNBUFFERED=1 "${command[@]}" > >(exec tee -ia "$workdir/log.txt") 2>&1
 fi
 
 port=${PORT:-$("${PYTHON:-python}" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}
 if ! $DRY_RUN; then
   mkdir -p "$workdir"
-  exec 3> >(exec tee -a "$workdir/log.txt")
+  exec 3> >(exec tee -ia "$workdir/log.txt") # -i: Ctrl-C reaches the whole group, and tee is to end last
   tee=$!
 fi
 pids=()
+set -m # process groups of their own: Ctrl-C reaches this script alone, and a process that gets two signals does not save
 for ((i = 0; i < processes; i++)); do
   settings=(PYTHONUNBUFFERED=1)
   if [[ -n $gpus_each ]]; then
@@ -72,7 +73,7 @@ for ((i = 0; i < processes; i++)); do
 done
 $DRY_RUN && exit 0
 
-# Ctrl-C and kill go on to the processes, which save and stop (SIGINT does not reach what bash started with &).
+# Ctrl-C and kill go on to the processes, which save and stop.
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
 first=0
 for i in "${!pids[@]}"; do

@@ -118,11 +118,14 @@ for step in range(1, 1000):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's threads, once collected
 def test_a_damaged_checkpoint_and_another_model_are_user_errors(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state(1))
+        checkpoints.save(1, state(1), {"data": 3})
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="another model"):
         checkpoints.restore({"other": jnp.zeros(3)})
     for file in tmp_path.glob("1/state/**/d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="damaged"):
         checkpoints.restore(state())
+    shutil.rmtree(tmp_path / "1/extra")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="1 is damaged"):
+        checkpoints.extra()
     gc.collect()

@@ -127,21 +127,29 @@ def test_local_a_process_that_fails_is_named(stand, tmp_path):
     assert log.count(repr(AWKWARD)) == 3 and done.stdout == log
 
 
-def test_local_ctrl_c_reaches_all_processes_and_waits_for_them(stand, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("how", ["ctrl-c", "kill"])
+def test_local_a_signal_reaches_all_processes_and_their_last_words_are_logged(tmp_path, processes, how):
     code = (
         "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), print('saved'), sys.exit(0)))\n"
+        "got = []\n"
+        "stop = lambda *_: (got.append(1), time.sleep(0.3), print('saved' * (len(got) < 2)), sys.exit())\n"
+        "signal.signal(signal.SIGTERM, stop); signal.signal(signal.SIGINT, stop)\n"
         "print('ready', flush=True); time.sleep(30)"
     )
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": python_that(tmp_path, code), "PORT": "1234"}
-    command = [LAUNCH / "local.sh", "--processes=2", "c.py", str(tmp_path / "run")]
-    script = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    command = [LAUNCH / "local.sh", f"--processes={processes}", "c.py", str(tmp_path / "run")]
+    script = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
     log = tmp_path / "run" / "log.txt"
-    while not log.is_file() or log.read_text().count("ready") < 2:
+    while not log.is_file() or log.read_text().count("ready") < processes:
         time.sleep(0.02)
-    script.send_signal(signal.SIGINT)
-    out, _ = script.communicate(timeout=20)
-    assert script.returncode == 0 and out.count("saved") == 2
+    if how == "ctrl-c":
+        os.killpg(script.pid, signal.SIGINT)  # as a terminal does
+    else:
+        script.terminate()
+    out, _ = script.communicate(timeout=20)  # until nobody holds the other end
+    assert script.returncode == 0 and out.count("saved") == processes
+    assert log.read_text() == out
 
 
 # slurm

@@ -56,6 +56,11 @@ def test_other_processes_write_nothing_and_know_the_mean(tmp_path, monkeypatch, 
     with Monitor(tmp_path, first=0, steps=1, devices=1) as monitor:
         monitor.add(1, METRICS, 1.0, 1, 1)
         assert monitor.mean == 0.5
+    # Of a run that is continued, too: the first process has read what was before.
+    monkeypatch.setattr(processes, "on_main", lambda function: [1.5])
+    with Monitor(tmp_path, first=1, steps=2, devices=1) as monitor:
+        monitor.add(2, METRICS, 1.0, 1, 1)
+        assert monitor.mean == 1.0
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
 

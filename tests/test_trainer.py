@@ -267,6 +267,7 @@ def test_matrices_of_the_teacher_are_kept_in_the_dtype_they_are_multiplied_in():
     [
         ({"accumulate": 3}, "accumulate=3 must divide finetune.batch=8"),
         ({"schedule": "linear"}, "schedule='linear' is unknown; choose one of constant, cosine"),
+        ({"timesteps": "normal"}, "timesteps='normal' is unknown"),
         ({"learning_rates": "blocks=x"}, "can't read the rule 'blocks=x'"),
     ],
 )
@@ -278,7 +279,6 @@ def test_settings_that_can_not_be(settings, message):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"timesteps": "normal"}, "timesteps='normal' is unknown"),
         ({"learning_rates": "blocks/.*=1"}, "parameter .* matches 0 learning-rate rules"),
         ({"learning_rates": ".*=0"}, "freezes every parameter"),
         ({"remat": "some"}, "remat 'some' is unknown"),

@@ -66,8 +66,8 @@ class Index:
     bad: dict[str, str]
 
     def digest(self) -> str:
-        """Returns a short name of the order of samples and their shapes, equal on all processes if their data is."""
-        rows = [[f, entry.shape, entry.length, entry.block] for f, entry in zip(self.file, self.entries)]
+        """Returns a short name of all that is known of the samples, equal on all processes if their data is."""
+        rows = [[f, *entry] for f, entry in zip(self.file, self.entries)]
         return hashlib.sha256(json.dumps([self.files, rows]).encode()).hexdigest()[:16]
 
 
@@ -235,14 +235,14 @@ def reason(error: Exception) -> str:
     return shown(error, 300)
 
 
-def latent_shape(shape: Sequence[int]) -> Shape:
+def latent_shape(shape: Sequence) -> Shape:
     """Returns t, y, x of latents stored as [c, t, y, x], perhaps with one more axis of size 1 before.
 
     Raises:
         BadSample: it is no such shape.
     """
     inner = shape[1:] if len(shape) == 5 and shape[0] == 1 else shape
-    if len(inner) != 4 or min(inner) < 1:
+    if len(inner) != 4 or not all(isinstance(n, int) and n > 0 for n in inner):
         raise BadSample(f"latents {list(shape)} are not [c, t, y, x]")
     return tuple(int(n) for n in inner[1:])
 

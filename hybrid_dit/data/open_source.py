@@ -51,6 +51,9 @@ def open_source(
     for name, value, known in (("dtype", data.dtype, DTYPES), ("scale", data.scale, SCALES)):
         if value not in known:
             raise UserError(f"--config.data.{name}={value!r} is unknown; choose one of {', '.join(known)}")
+    for name in ("text_rows", "max_bad", "threads", "ahead"):
+        if data[name] < 0:
+            raise UserError(f"--config.data.{name}={data[name]} must be at least 0")
     if not data.path:
         raise UserError(f"no data given: set --config.data.path to a folder of the kind {data.kind} (see docs/data.md)")
     if "://" in data.path:

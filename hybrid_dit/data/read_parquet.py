@@ -86,6 +86,8 @@ class ParquetLibrary(Library):
             return _tensor(table, LATENT, within), _tensor(table, TEXT, within)
         except (pa.ArrowException, OSError, IndexError) as error:
             raise BadSample(f"can't be read: {shown(error)}") from error
+        except (AttributeError, TypeError) as error:
+            raise BadSample(f"has a column of a type that FastVideo does not write: {shown(error)}") from error
 
 
 def _read_group(file: Path, group: int) -> pa.Table:
@@ -106,7 +108,7 @@ def _tensor(table: pa.Table, name: str, row: int) -> np.ndarray:
     return np.frombuffer(buffer, kind).reshape(shape)
 
 
-def _text_length(shape: list[int] | None) -> int:
-    if not shape or len(shape) not in (2, 3):
+def _text_length(shape: list[int | None] | None) -> int:
+    if not shape or len(shape) not in (2, 3) or not isinstance(shape[-2], int):
         raise BadSample(f"text embedding {shape} is not [tokens, width]")
     return int(shape[-2])

@@ -21,13 +21,21 @@ class TfdsLibrary(Library):
     def __init__(self, *args, **kwargs):
         """See `Library`."""
         super().__init__(*args, **kwargs)
+        if self.index.bad:
+            raise UserError(next(iter(self.index.bad.values())))
         import tensorflow_datasets as tfds  # half a second, which other formats needn't spend
 
-        self._source = tfds.builder_from_directory(self.folder).as_data_source(split=SPLIT)
+        try:
+            self._source = tfds.builder_from_directory(self.folder).as_data_source(split=SPLIT)
+        except Exception as error:  # as in `load`
+            raise UserError(
+                f"dataset_info.json or features.json in {self.folder} is missing or not what build_data writes "
+                f"({shown(error)}); build the set or copy it again"
+            ) from error
         if len(self._source) != len(self.index.entries):
             raise UserError(
                 f"{self.folder}: {MANIFEST} has {len(self.index.entries)} samples, the shards {len(self._source)}; "
-                + next(iter(self.index.bad.values()), "build it or copy it again")
+                "build it or copy it again"
             )
 
     def find(self) -> tuple[list[Path], dict[str, str]]:
@@ -54,7 +62,8 @@ class TfdsLibrary(Library):
                     there = f"has {path.stat().st_size:,} bytes" if path.is_file() else "is missing"
                     raise UserError(f"{path} {there}, expected {shard['bytes']:,} bytes; copy or build it again")
                 for key, shape, length in shard["samples"]:
-                    entries.append(Entry(tuple(shape), length, (key, number)))
+                    # With the shard's digest, a set that was built anew with other settings counts as other data.
+                    entries.append(Entry(tuple(shape), length, (key, number, shard["sha256"])))
                     number += 1
             return entries, {}
         except (KeyError, TypeError, ValueError) as error:

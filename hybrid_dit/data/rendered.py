@@ -40,5 +40,14 @@ class RenderedSource:
         return {"step": self._step}
 
     def restore(self, state: dict) -> None:
-        """Continues where `state` was taken."""
+        """Continues where `state` was taken.
+
+        Raises:
+            UserError: it was taken with data from files.
+        """
+        if "step" not in state:
+            raise UserError(
+                "the data position of the checkpoint belongs to files; give the data.kind and data.path that it was "
+                "made with, or start in another --workdir"
+            )
         self._step = int(state["step"])

@@ -52,7 +52,7 @@ class ShardFolder:
 
         Args:
             folder: created if need be.
-            items: names of all that is to be encoded, in order.
+            items: names of all that is to be encoded, with their captions, in order.
             per_shard: items of one shard.
             channels: of latents.
             text_dim: width of text embeddings.
@@ -69,8 +69,8 @@ class ShardFolder:
             there = read_json(begun)
             if there.get("sha256") != digest:
                 raise UserError(
-                    f"{folder} was begun with other videos ({there.get('count')} then, {len(items)} now); use another "
-                    "--workdir, or bring them back"
+                    f"{folder} was begun with other videos or captions ({there.get('count')} then, {len(items)} now); "
+                    "use another --workdir, or bring them back"
                 )
         else:
             write_json(begun, {"count": len(items), "sha256": digest})

@@ -28,7 +28,7 @@ from hybrid_dit.models.vae import VAEConfig, WanVAE, encode_chunked
 from hybrid_dit.pairs import TWO_THINGS
 from hybrid_dit.processes import barrier, on_main
 from hybrid_dit.progress import Progress
-from hybrid_dit.workdir import Stage
+from hybrid_dit.workdir import Stage, is_done
 
 FOLDER = "data"
 A_DAY = 86400.0  # seconds that processes that are done wait for the others' shards
@@ -55,18 +55,20 @@ def run(config, workdir: Path) -> None:
         raise UserError(f"build_data.process={process} is not one of {processes}; count from 0")
     if cfg.dtype not in ("float32", "bfloat16") or cfg.compute_dtype not in ("float32", "bfloat16"):
         raise UserError("build_data.dtype and build_data.compute_dtype are float32 or bfloat16")
-    stage = Stage(workdir, FOLDER, _settings(config))
-    if stage.done:
-        print(f"build_data: complete in {stage.folder}")
+    for name in ("shard", "batch", "fps", "enlarge"):
+        if cfg[name] <= 0:
+            raise UserError(f"build_data.{name}={cfg[name]} must be more than 0")
+    if is_done(workdir, FOLDER, _settings(config)):
+        print(f"build_data: complete in {workdir / FOLDER}")
         return
     pipeline = load_pipeline(config.model.weights, ("vae", "text_encoder"))
     buckets = [parse_bucket(text) for text in cfg.buckets]
     for bucket in buckets:
         generation.latent_shape(pipeline.wan, pipeline.vae, *bucket)
     items, skipped = _items(cfg, buckets, config.seed)
-    folder = ShardFolder(
-        stage.folder, [i.key for i in items], cfg.shard, pipeline.wan.in_channels, pipeline.wan.text_dim, cfg.dtype
-    )
+    stage = Stage(workdir, FOLDER, _settings(config))  # not before: settings that were refused must not be kept
+    names = [f"{i.key}: {i.caption}" for i in items]
+    folder = ShardFolder(stage.folder, names, cfg.shard, pipeline.wan.in_channels, pipeline.wan.text_dim, cfg.dtype)
     mine = range(process, folder.shards, processes)
     whole = {n for n in mine if folder.report(n).is_file()}
     total, done = (sum(len(folder.items(n)) for n in numbers) for numbers in (mine, whole))
@@ -203,7 +205,9 @@ def _items(cfg, buckets: list[Bucket], seed: int) -> tuple[list[Item], dict[str,
             return lambda: read_clip(path, buckets, cfg.fps, cfg.enlarge)
 
         return [Item(v.key, v.caption, reader(v.path)) for v in videos], skipped
-    if not cfg.shapes:
+    if cfg.captions:
+        raise UserError("build_data.captions needs the videos they belong to: set --config.build_data.videos")
+    if cfg.shapes < 1:
         raise UserError("nothing to encode: set --config.build_data.videos to a folder of videos with captions")
     wide = [str(b) for b in buckets if b.height != b.width]
     if wide:

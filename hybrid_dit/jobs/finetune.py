@@ -24,7 +24,7 @@ from hybrid_dit.loss_log import read_losses, running_mean
 from hybrid_dit.surgery_io import CHOICE_FILE, MAPS_FILE, load_choice, load_maps, specs_from_config
 from hybrid_dit.train_metrics import AVERAGED, METRICS_FILE, Monitor, step_flops
 from hybrid_dit.train_samples import SampleVideos
-from hybrid_dit.trainer import State, Trainer
+from hybrid_dit.trainer import State, Trainer, check
 from hybrid_dit.workdir import Stage, require
 
 KEYS_SHOWN = 16  # names of samples in a message
@@ -35,8 +35,9 @@ def run(config, workdir: Path) -> None:
     """Writes `transformer/` (the fine-tuned hybrid), `metrics.jsonl`, `tensorboard/`, `loss.png` and `checkpoints/`.
 
     Raises:
-        UserError: an earlier stage is missing, there is no data, or training diverges.
+        UserError: an earlier stage is missing, a setting is out of range, there is no data, or training diverges.
     """
+    _check_settings(config.finetune)
     distilled, selected = require(workdir, "distill", config), require(workdir, "select", config)
     stage = Stage(workdir, "finetune", config)
     if stage.done:
@@ -61,6 +62,19 @@ def run(config, workdir: Path) -> None:
     which = f"weights averaged with decay {trainer.cfg.ema:g}" if state.ema else "weights of the last step"
     print(f"finetune: {which} in {stage.folder}/transformer")
     stage.finish(blocks=choice, loss=round(last, 6), weights="ema" if state.ema else "last")
+
+
+def _check_settings(cfg) -> None:
+    """Raises UserError for settings that would fail, or train nothing, much later."""
+    for name in ("steps", "batch", "save_every", "keep"):
+        if cfg[name] < 1:
+            raise UserError(f"finetune.{name}={cfg[name]} must be at least 1")
+    for name in ("warmup", "weight_decay", "clip", "shift", "teacher", "sample_every", "profile"):
+        if cfg[name] < 0:
+            raise UserError(f"finetune.{name}={cfg[name]} must be at least 0")
+    if not 0 <= cfg.drop_text <= 1 or not 0 <= cfg.ema < 1:
+        raise UserError(f"finetune.drop_text={cfg.drop_text} and finetune.ema={cfg.ema} are shares: 0 to 1 (ema below)")
+    check(cfg)
 
 
 def _write(folder: Path, trainer: Trainer, params: PyTree) -> float:

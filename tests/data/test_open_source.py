@@ -120,6 +120,8 @@ def test_rendered_shapes_come_through_the_same_door(pipeline, tmp_path, monkeypa
         ({"data__kind": "zip"}, "data.kind='zip' is unknown; choose one of shapes, tfds, parquet, tar, csv"),
         ({"data__dtype": "int8"}, "data.dtype='int8' is unknown; choose one of float32, bfloat16"),
         ({"data__scale": "big"}, "data.scale='big' is unknown; choose one of auto, normalised, raw"),
+        ({"data__text_rows": -1}, "data.text_rows=-1 must be at least 0"),
+        ({"data__threads": -1}, "data.threads=-1 must be at least 0"),
         ({"data__path": ""}, "no data given: set --config.data.path to a folder of the kind tar"),
         ({"data__path": "gs://bucket/x"}, "data.path=gs://bucket/x is an address; mount it or copy it"),
         ({"data__path": "/nowhere"}, "there is no folder /nowhere"),

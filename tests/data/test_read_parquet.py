@@ -27,6 +27,8 @@ PAIRS = latent_sets.samples(6)
         ({"vae_latent_shape": [4, 3, 4]}, r"latents \[4, 3, 4\] are not"),
         ({"vae_latent_shape": None}, r"latents \[\] are not"),
         ({"vae_latent_shape": [-4, -3, 4, 6]}, "are not"),
+        ({"vae_latent_shape": [4, None, 4, 6]}, "are not"),
+        ({"text_embedding_shape": [None, 8]}, r"text embedding \[None, 8\] is not"),
         ({"vae_latent_shape": [2**40, 2**40, 2**40, 2**40]}, "which is not what"),
         ({"text_embedding_shape": [16]}, r"text embedding \[16\] is not \[tokens, width\]"),
         ({"text_embedding_bytes": b""}, "text_embedding has 0 bytes"),
@@ -69,6 +71,13 @@ def test_another_table_and_a_broken_file_are_named(tmp_path):
     assert found.index.bad.keys() == {"other.parquet", "cut.parquet", "empty.parquet"}
     assert found.index.bad["other.parquet"].startswith("has no column vae_latent_bytes, vae_latent_shape")
     assert "not a readable parquet file" in found.index.bad["cut.parquet"]
+
+
+def test_columns_of_other_types_are_bad_samples(tmp_path):
+    rows = [parquet_row(*pair, i) | {"vae_latent_dtype": 3} for i, pair in enumerate(PAIRS[:2])]
+    write_parquet(tmp_path / "a.parquet", rows)
+    with pytest.raises(BadSample, match="has a column of a type that FastVideo does not write"):
+        ParquetLibrary(tmp_path, VAE).read(0)
 
 
 def test_row_groups_too_large_for_memory_are_left_out(tmp_path, monkeypatch):

@@ -28,8 +28,27 @@ def test_a_shard_that_is_not_whole_is_told(folder, how):
 
 def test_a_manifest_of_something_else_is_told(folder):
     (folder / "manifest.json").write_text('{"shards": [{"name": 3}]}')
-    with pytest.raises(UserError, match="manifest.json has 0 samples, the shards 5; .*is not what build_data writes"):
+    with pytest.raises(UserError, match="manifest.json is not what build_data writes"):
         TfdsLibrary(folder, VAE)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("content", [None, "{}", "junk"])
+def test_a_description_that_is_missing_or_broken_is_told(folder, name, content):
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(UserError, match="dataset_info.json or features.json in .* is missing or not what build_data"):
+        TfdsLibrary(folder, VAE)
+
+
+def test_a_set_that_was_built_anew_from_the_same_videos_is_other_data(folder, tmp_path_factory):
+    digests = [TfdsLibrary(folder, VAE).index.digest()]
+    for seed in (0, 1):
+        other = tmp_path_factory.mktemp("other")
+        latent_sets.write_tfds(other, latent_sets.samples(5, seed=seed), per_shard=2)
+        digests.append(TfdsLibrary(other, VAE).index.digest())
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_damage_inside_a_shard_is_a_bad_sample(folder):

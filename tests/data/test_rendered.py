@@ -20,9 +20,7 @@ def test_processes_share_the_batch_of_the_step():
         parts = [source.next() for source in sources]
         expected = batch_at(numbered(7), step, 4, 3)
         for name in ("latents", "text", "count"):
-            np.testing.assert_array_equal(
-                np.concatenate([getattr(p, name) for p in parts]), getattr(expected, name)
-            )
+            np.testing.assert_array_equal(np.concatenate([getattr(p, name) for p in parts]), getattr(expected, name))
         keys = [key for part in parts for key in part.keys]
         assert keys == [f"scene {int(i)}" for i in expected.latents.ravel()]
 
@@ -33,6 +31,8 @@ def test_a_position_is_continued():
         source.next()
     other.restore(json.loads(json.dumps(source.state())))
     assert other.next().keys == source.next().keys
+    with pytest.raises(UserError, match="belongs to files; give the data.kind and data.path"):
+        other.restore({"data": "abcd", "position": {}})
 
 
 def test_a_batch_that_can_not_be_divided_is_told():

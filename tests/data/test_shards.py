@@ -72,7 +72,7 @@ def test_what_is_left_to_do_is_known_and_leftovers_vanish(tmp_path):
 
 def test_other_videos_are_refused(tmp_path):
     begin(tmp_path)
-    with pytest.raises(UserError, match=r"was begun with other videos \(7 then, 6 now\)"):
+    with pytest.raises(UserError, match=r"was begun with other videos or captions \(7 then, 6 now\)"):
         begin(tmp_path, KEYS[:6])
 
 

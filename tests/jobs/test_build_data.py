@@ -147,11 +147,30 @@ def test_moving_shapes(root, tmp_path):
         ({"dtype": "float16"}, "are float32 or bfloat16"),
         ({"process": 2, "processes": 2}, "build_data.process=2 is not one of 2"),
         ({"videos": "/nowhere"}, "there is no folder /nowhere"),
+        ({"shard": 0}, "build_data.shard=0 must be more than 0"),
+        ({"batch": 0}, "build_data.batch=0 must be more than 0"),
+        ({"fps": -1.0}, "build_data.fps=-1.0 must be more than 0"),
+        ({"videos": "", "shapes": 2, "captions": "a.csv"}, "captions needs the videos"),
     ],
 )
-def test_what_can_not_be_built_is_told(root, tmp_path, changes, message):
+def test_what_can_not_be_built_is_told_and_not_kept(root, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         build_data.run(make_config(root, **changes), tmp_path)
+    assert not list(tmp_path.iterdir())  # the same workdir takes the settings that are right
+
+
+def test_other_captions_are_told(root, tmp_path, monkeypatch):
+    table = tmp_path / "captions.csv"
+    config = make_config(root, captions=table)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_data.Encoder, "__call__", interrupted)
+    for text, error in (("one", KeyboardInterrupt), ("one", KeyboardInterrupt), ("other", UserError)):
+        table.write_text(f"file,caption\na.mp4,{text}\n")
+        with pytest.raises(error, match="other videos or captions" if error is UserError else None):
+            build_data.run(config, tmp_path / "run")
 
 
 # The parent computes nothing with JAX, so that it can fork; the encoder is a stand-in that takes its time.

@@ -306,6 +306,22 @@ def test_data_that_is_not_there(base, tmp_path, change, message):
         finetune.run(config, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 0}, {"save_every": 0}, {"keep": 0}, {"batch": 0}, {"warmup": -1}, {"drop_text": 1.5}, {"ema": 1.0}],
+)
+def test_numbers_out_of_range_are_told_at_once(tmp_path, change):
+    with pytest.raises(UserError, match=f"finetune.{next(iter(change))}="):
+        finetune.run(settings("nowhere", **change), tmp_path)
+
+
+def test_a_setting_that_was_refused_does_not_stay_in_the_workdir(tmp_path):
+    for change in ({"schedule": "cosinus"}, {"timesteps": "normal"}, {"accumulate": 3}, {"learning_rates": (".*",)}):
+        with pytest.raises(UserError, match=f"finetune.{next(iter(change))}"):
+            finetune.run(settings("nowhere", **change), tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
 def test_missing_stages_are_named(base, tmp_path):
     with pytest.raises(UserError, match="distill"):
         finetune.run(settings("nowhere"), tmp_path)
