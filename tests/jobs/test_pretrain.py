@@ -18,7 +18,7 @@ def settings():
     config = pretrain_tiny.get_config()
     config.update({"frames": 5, "size": 16, "chunk": 2, "compute_dtype": "float32"})
     config.vae.update(
-        {"base_dim": 2, "steps": 2, "whole_steps": 2, "batch": 2, "whole_batch": 2, "frames": 5, "size": 16}
+        {"base_dim": 2, "num_res_blocks": 1, "steps": 2, "whole_steps": 2, "batch": 2, "whole_batch": 2, "frames": 5, "size": 16}
     )
     config.text.update({"d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2})
     config.dit.update({"dim": 16, "num_heads": 2, "ffn_dim": 16, "num_layers": 1, "videos": 6})
