@@ -328,7 +328,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--what", choices=("steps", "save", "scale"), nargs="*", default=["steps", "save"])
     parser.add_argument("--only", default="", help="rows whose name has this text in it")
-    parser.add_argument("--remat", default="block", choices=("none", "block", "dots"), help="of the rows in JAX")
+    remats = "none", "block", "attention", "dots"
+    parser.add_argument("--remat", default="block", choices=remats, help="of the rows in JAX")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--case", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -116,15 +116,14 @@ def check_umt5(folder: Path, times: dict) -> dict[str, tuple[float, float]]:
     ids = np.random.default_rng(0).integers(3, sizes["vocab_size"], (2, 512))
     mask = (np.arange(512) < lengths[:, None]).astype(np.int32)
 
-    def run():
+    def run(model):
         with torch.no_grad():
             to = torch.from_numpy
             return model(to(ids).to(device), attention_mask=to(mask).to(device))[0].float().cpu().numpy()[mask > 0]
 
     with timed(times, "PyTorch forward, bfloat16 and float32"):
-        theirs = run()
-        model = model.float()
-        reference = run()
+        theirs = run(model)
+        reference = run(model.float())
     del model
     torch.cuda.empty_cache()
     with timed(times, "conversion and upload"):

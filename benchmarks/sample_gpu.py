@@ -241,7 +241,8 @@ def summary(rows: list[dict], steps: int = STEPS) -> list[dict]:
     ]
     base = next((v for v in videos if v["what"] == "diffusers, compiled"), None)
     for video in videos if base else ():
-        video |= {"times_diffusers": {k: round(base[k] / video[k], 3) for k in ("denoise_s", "video_s") if k in video}}
+        both = [k for k in ("denoise_s", "video_s") if k in base and k in video]  # VAEs are timed last
+        video |= {"times_diffusers": {k: round(base[k] / video[k], 3) for k in both}}
     return videos
 
 

@@ -160,10 +160,10 @@ class Distiller:
 
     def denoise(self, dit, x, i, context, key) -> jax.Array:
         """The teacher's part of `step` alone: latents at level i + 1."""
-        attend = self._place.over_queries(softmax_attention, (BLOCK, SEQ), math.prod(self.wan.grid(x.shape)))
+        attend = self._softmax(self.wan.grid(x.shape))
 
         def body(tokens, xs, conditions):
-            return self._block(xs[0], tokens, conditions, lambda q, k, v: (attend(q, k, v), ()))[0], ()
+            return self._block(xs[0], tokens, conditions, attend)[0], ()
 
         velocity, _, _ = self._teacher(dit, x, i, context, body, ())
         return self._advance(x, velocity, i, key)
@@ -203,12 +203,10 @@ class Distiller:
     def _stacked(self, state, dit, x, i, context, train):
         rows, grid = self._rows(len(x)), self.wan.grid(x.shape)
         groups = self.mesh.shape[BLOCK]
-        softmax = lambda q, k, v: nested_sums(q, k, v, {}, grid, self.backend)[0]  # noqa: E731
-        attend = self._place.over_queries(softmax, (BLOCK, SEQ), math.prod(grid))
+        attend = self._softmax(grid)
 
         def body(tokens, xs, conditions):
-            out, _ = self._block(xs[0], tokens, conditions, lambda q, k, v: (attend(q, k, v), ()))
-            return out, tokens[rows]
+            return self._block(xs[0], tokens, conditions, attend)[0], tokens[rows]
 
         velocity, inputs, (*conditions, rope) = self._teacher(dit, x, i, context, body, ())
         conditions = (*jax.tree.map(lambda a: a[rows], conditions), rope)
@@ -290,6 +288,12 @@ class Distiller:
     def _gather(self, path, leaf):
         """A block's parameter whole on every device; matrices in the dtype they are used in, half the traffic."""
         return self._place.whole(leaf.astype(self.dtype) if path[-1].key == "kernel" else leaf)
+
+    def _softmax(self, grid):
+        """The teacher's attention for `_block`, which keeps nothing."""
+        sums_of = partial(nested_sums, specs={}, grid=grid, backend=self.backend)
+        run = self._place.over_queries(lambda q, k, v: sums_of(q, k, v)[0], (BLOCK, SEQ), math.prod(grid))
+        return lambda q, k, v: (run(q, k, v), ())
 
     def _nested(self, grid, axes=(BLOCK, SEQ)):
         """Attention for `_block` that keeps q, k, v, its output and the softmax sums of all rates."""

@@ -102,18 +102,6 @@ def homogeneous(errors: ArrayLike, costs: ArrayLike, rate: int, keep: int, count
     return _selection(errors, costs, choice)
 
 
-def homogeneous_within(errors: ArrayLike, costs: ArrayLike, rate: int, keep: int, budget: Real) -> Selection:
-    """Like `homogeneous` with the fewest converted blocks whose total cost is within the budget."""
-    for count in range(len(_checked(errors, costs)[0]) + 1):
-        selection = homogeneous(errors, costs, rate, keep, count)
-        if selection.cost <= budget:
-            return selection
-    raise UserError(
-        f"all blocks at rate index {rate} still cost {selection.cost:.17g}, more than the budget of {budget:g}; "
-        "raise the budget or choose a cheaper rate"
-    )
-
-
 def pareto(errors: ArrayLike, costs: ArrayLike) -> list[Selection]:
     """Returns every efficient selection: nothing costs less at its error, nothing has less error at its cost.
 

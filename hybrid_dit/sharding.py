@@ -161,20 +161,6 @@ def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(name for name in mesh.axis_names if name in (REPLICA, AXIS))
 
 
-def stacked_sharding(tree: PyTree, mesh: Mesh | None = None) -> PyTree:
-    """Returns a NamedSharding per leaf that splits its leading axis, blocks; where that doesn't divide it stays whole.
-
-    For training in which blocks are independent, such as distillation. `mesh` defaults to all devices.
-    """
-    mesh = mesh or data_mesh()
-
-    def choose(leaf):
-        fits = leaf.ndim > 0 and leaf.shape[0] % mesh.size == 0
-        return NamedSharding(mesh, PartitionSpec(AXIS)) if fits else replicated(mesh)
-
-    return jax.tree.map(choose, tree)
-
-
 def param_shardings(mesh: Mesh, params: Mapping, rules: Rules = DIT_RULES) -> PyTree:
     """Returns a NamedSharding for every parameter.
 

@@ -20,7 +20,7 @@ from hybrid_dit.errors import UserError
 
 def state(seed=0, devices=1):
     """Parameters, AdamW's moments (named tuples), an integer, bfloat16, an empty subtree."""
-    place = sharding.stacked_sharding({"w": jnp.zeros((8, 3))}, sharding.data_mesh(jax.devices()[:devices]))["w"]
+    place = sharding.batch_sharding(sharding.data_mesh(jax.devices()[:devices]), 8)
     w = jax.device_put(jax.random.normal(jax.random.key(seed), (8, 3)), place)
     params = {"w": w, "b": w.astype(jnp.bfloat16), "none": {}}
     return {"params": params, "opt": optax.adamw(1e-3).init(params), "step": jnp.int32(seed)}

@@ -128,7 +128,7 @@ def test_named_budget_is_the_compute_of_that_homogeneous_model():
     errors = np.random.default_rng(0).random((30, 4)) * [0, 1, 1, 1]
     costs = np.tile(list(times.values()), (30, 1))
     budget = cost.named_budget("15R4", times, 30)
-    same = knapsack.homogeneous_within(errors, costs, rate=2, keep=0, budget=budget)
+    same = knapsack.homogeneous(errors, costs, rate=2, keep=0, count=15)
     assert (same.choice == 2).sum() == 15 and same.cost == budget
     assert knapsack.solve(errors, costs, budget).error <= same.error
 

@@ -171,6 +171,16 @@ def test_teacher_attention_is_taken_once_when_gradients_are_inside():
     assert abs(flops("linear", "R2", "R4", "R8") - linear - 3 * phi) < 0.2 * extra
 
 
+def test_the_teacher_alone_denoises_as_in_a_step():
+    dit, x, first, context, key = inputs()
+    d = make()
+    denoise = compile_fast(jax.jit(d.denoise), dit, x, first, context, key)
+    for i in (first, first + 1):
+        x = denoise(dit, x, i, context, key)
+    expected = reference()[1]
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
 def test_measure_gives_each_videos_error():
     d, (dit, x, i, context, key) = make(), inputs()
     maps = d.init(jax.random.key(0))["maps"]

@@ -184,10 +184,6 @@ def test_homogeneous_converts_the_lowest_added_errors():
     picked = knapsack.homogeneous(errors, costs, rate=1, keep=0, count=2)
     assert picked.choice.tolist() == [0, 1, 1, 0] and picked.cost == 32 and picked.error == 3
     assert knapsack.homogeneous(errors, costs, 1, 0, 1).choice.tolist() == [0, 1, 0, 0]  # tie: the lower block
-    assert knapsack.homogeneous_within(errors, costs, 1, 0, 31).choice.tolist() == [0, 1, 1, 1]
-    assert knapsack.homogeneous_within(errors, costs, 1, 0, 40).choice.tolist() == [0, 0, 0, 0]
-    with pytest.raises(UserError, match="still cost 24"):
-        knapsack.homogeneous_within(errors, costs, 1, 0, 23)
 
 
 def test_pareto_points_are_the_efficient_ones():

@@ -110,13 +110,6 @@ def test_batches_split_where_they_divide():
     assert sharding.batch_sharding(mesh, 2).is_fully_replicated
 
 
-def test_stacked_sharding_splits_blocks_and_leaves_scalars_alone():
-    tree = {"maps": jnp.zeros((8, 5)), "count": jnp.zeros((), jnp.int32), "seven": jnp.zeros((7, 8))}
-    places = sharding.stacked_sharding(tree)
-    assert places["maps"].spec == P("data")
-    assert places["count"].is_fully_replicated and places["seven"].is_fully_replicated
-
-
 def test_to_device_and_back():
     mesh = sharding.data_mesh()
     tree = {"w": np.arange(48.0, dtype=np.float32).reshape(16, 3), "n": np.int32(7)}

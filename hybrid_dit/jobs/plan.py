@@ -123,22 +123,24 @@ def try_layouts(config, wan: WanConfig, shape: tuple[int, ...], target: Target, 
     """Looks for the most videos that a device can train on at once; `first` is the report of the config as it is."""
     copies = config.mesh.replicas or config.slices
     devices = len(target.devices) // copies
-    batch = config.finetune.batch // copies
-    given = {"mesh.seq": config.mesh.seq, "finetune.accumulate": config.finetune.accumulate, "finetune.batch": batch}
+    batch = math.ceil(config.finetune.batch / copies)  # of a copy
+    given = {"mesh.seq": config.mesh.seq, "finetune.accumulate": config.finetune.accumulate}
+    given["finetune.batch"] = config.finetune.batch
 
     def needed(layout: plan_layouts.Layout) -> int:
-        settings = layout.settings()
+        settings = {**layout.settings(), "finetune.batch": layout.batch * copies}
         if settings == given:
             return first["needed_bytes"]
         print(f"trying {layout.videos} videos per device at once: {_arguments(settings)}", flush=True)
         changed = config.copy_and_resolve_references()
         for name, value in settings.items():
-            override(changed, name, str(value * copies if name == "finetune.batch" else value))
+            override(changed, name, str(value))
         return plan(changed, wan, shape, target)["needed_bytes"]
 
     tried = plan_layouts.search(devices, batch, target.memory, needed)
     fit = plan_layouts.fitting(tried, target.memory)
-    best = plan_layouts.recommended(fit[-1], devices, batch) if fit else None
+    divided = config.finetune.batch % copies == 0
+    best = plan_layouts.recommended(fit[-1], devices, batch) if fit and divided else None
     return {
         "tried": [{"videos_per_device": str(layout.videos), "needed_bytes": size} for layout, size in tried.items()],
         "largest_videos_per_device": str(fit[-1].videos) if fit else None,

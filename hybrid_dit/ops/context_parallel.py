@@ -23,7 +23,7 @@ from hybrid_dit.ops import backends, hybrid, residuals
 from hybrid_dit.ops.hybrid import combine, linear_sums, stabilised_sums
 from hybrid_dit.ops.kernels import gpu_hybrid, tpu_hybrid
 from hybrid_dit.ops.shards import Shard, padded_length
-from hybrid_dit.ops.softmax import softmax_attention
+from hybrid_dit.ops.softmax import fused_on_gpu, softmax_attention
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid
 
@@ -142,7 +142,8 @@ def _softmax(q, k, v, phi, spec, grid, shard, backend, chosen):
         plain = partial(_softmax_over_all, shard=shard)
         if chosen == "tpu":  # hybrid attention whose S is everything is softmax attention
             return tpu_hybrid.attention(plain, q, k, v, phi, replace(spec, kind="hybrid", rate=1), grid, shard)
-        return residuals.from_inputs(partial(plain, spec=spec, grid=grid))(q, k, v, phi)
+        run = partial(plain, spec=spec, grid=grid)
+        return (run if fused_on_gpu(q) else residuals.from_inputs(run))(q, k, v, phi)  # as in `ops.hybrid`
     n, length = math.prod(grid), q.shape[1] * shard.parts
     exchange = partial(jax.lax.all_to_all, axis_name=shard.axes, tiled=True)
     q, k, v = (exchange(x, split_axis=2, concat_axis=1)[:, :n] for x in (q, k, v))

@@ -214,3 +214,21 @@ def test_layouts_of_fine_tuning(root, tmp_path, monkeypatch, capsys, memory, vid
         assert f"for a batch of 4: --config.mesh.seq={recommended['mesh.seq']} --config.finetune.acc" in out
     else:
         assert "none of them fits" in out
+
+
+def test_layouts_of_a_batch_smaller_than_the_copies_of_the_weights(root, tmp_path, monkeypatch, capsys):
+    """One video, two copies on two devices each: a copy is tried with a video, and nothing is recommended for half."""
+    tried = []
+
+    def fake(config, wan, shape, target):
+        tried.append((config.mesh.seq, config.finetune.batch))
+        return {"needed_bytes": config.finetune.batch * targets.GIB // config.mesh.seq, "fits": True}
+
+    monkeypatch.setattr(plan, "plan", fake)
+    monkeypatch.setattr(plan, "table", lambda report: "")
+    values = {"mesh.replicas": 2, "finetune.batch": 1}
+    _, report, _ = planned(root, tmp_path, "finetune", memory_gib=2.0, **values)
+    found = report["layouts"]
+    assert tried[:2] == [(1, 1), (2, 2)] and found["largest_videos_per_device"] and found["recommended"] is None
+    out = capsys.readouterr().out
+    assert "at once: --config.mesh.seq=2 --config.finetune.accumulate=1 --config.finetune.batch=2" in out

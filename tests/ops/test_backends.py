@@ -11,7 +11,7 @@ from test_hybrid import ODD, make_point
 from hybrid_dit import sharding
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig, WanDiT
-from hybrid_dit.ops import backends, feature_maps
+from hybrid_dit.ops import backends, context_parallel, feature_maps
 from hybrid_dit.ops.hybrid import attention
 from hybrid_dit.ops.kernels import tpu_blocks
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
@@ -105,3 +105,31 @@ def test_how_often_a_step_computes_attention(remat, forwards):
     # A branch for each spec, and each with one for TPUs and one, interpreted, for other platforms.
     assert program.count("name=hybrid_outputs") == forwards * len(specs) * 2
     assert program.count("name=hybrid_back_queries") == len(specs) * 2
+
+
+def test_a_block_computed_anew_runs_the_gpus_softmax_twice_where_heads_do_not_divide(monkeypatch):
+    """Three heads on two devices: each takes all keys. The kernel keeps what it returns; once more is the block's."""
+
+    @jax.jit
+    def forward_kernel(q, k, v):
+        return q + k.mean(axis=1, keepdims=True) * v.mean(axis=1, keepdims=True)
+
+    def forward(*qkv):
+        y = forward_kernel(*qkv)
+        return y, (*qkv, y)
+
+    def backward(kept, cotangent):
+        _, k, v, y = kept
+        return cotangent * y, k, v
+
+    stand_in = jax.custom_vjp(lambda *qkv: forward_kernel(*qkv))
+    stand_in.defvjp(forward, backward)
+    monkeypatch.setattr(context_parallel, "softmax_attention", stand_in)
+    monkeypatch.setattr(context_parallel, "fused_on_gpu", lambda q: True)
+    model = WanConfig(dim=48, num_heads=3, ffn_dim=16, num_layers=2, in_channels=2, text_dim=8, freq_dim=8)
+    inputs = np.ones((1, 3, 8, 8, 2), np.float32), np.ones(1, np.float32), np.ones((1, 3, 8), np.float32)
+    split = sharding.context_split(sharding.train_mesh(1, 2, jax.devices()[:2]))
+    params = jax.eval_shape(WanDiT(model).init, jax.random.key(0), *inputs)
+    dit = WanDiT(model, (), jnp.bfloat16, "block", "xla", split)
+    program = jax.jit(jax.grad(lambda p: jnp.square(dit.apply(p, *inputs)).sum())).lower(params).as_text()
+    assert program.count("call @forward_kernel") == 2
