@@ -95,7 +95,7 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.finetune.save_every = 20 if tiny else 100
     c.finetune.keep = 2  # checkpoints, beside the one with the lowest loss
     c.finetune.sample_every = 0  # steps between sample videos; 0: none
-    c.finetune.sample_prompts = 2  # the first of the held-out ones; sampled as section sample says
+    c.finetune.sample_prompts = 2  # the first of the held-out ones; with sampler, steps and guidance of section sample
     c.finetune.profile = 0  # steps to trace for TensorBoard's profiler, after the first three
 
     c.data = ConfigDict()  # what stage 3 trains on, see docs/data.md

@@ -23,6 +23,11 @@ install_import_hook("hybrid_dit", "beartype.beartype")
 FIRST = "jobs/test_pretrain", "test_trainer", "jobs/", "test_wan_tiny", "test_distiller", "pytorch/", "models/", "ops/"
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than there are processors: many tests wait, for a child process or a second thread."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_collection_modifyitems(items):
     folder = os.path.dirname(__file__)
 

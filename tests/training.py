@@ -31,9 +31,9 @@ FEATURES = {  # everything that a plain step leaves out
 
 
 def noise_pairs() -> tuple[Pairs, Text]:
-    """Sixteen pairs of noise, 12 tokens each, and an empty prompt that takes two of the five rows of text."""
+    """Sixteen pairs of noise, 18 tokens each, and an empty prompt that takes two of the five rows of text."""
     rng = np.random.default_rng(0)
-    latents, text = (rng.standard_normal(shape, np.float32) for shape in ((16, 3, 4, 4, 4), (16, 5, 8)))
+    latents, text = (rng.standard_normal(shape, np.float32) for shape in ((16, 3, 4, 6, 4), (16, 5, 8)))
     empty = rng.standard_normal((1, 5, 8), np.float32), np.array([[1, 0, 0, 0, 511]], np.float32)
     return Pairs(latents, text, np.ones((16, 5), np.float32)), Text(*empty)
 

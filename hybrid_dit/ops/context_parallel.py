@@ -134,7 +134,8 @@ def _mixed(q, k, v, phi, spec, grid, shard):
     if spec.kind == "hybrid":
         softmax = stabilised_sums(q, *(shard.softmax_keys(x, grid, spec) for x in (k, v)), spec)
     keep = shard.linear_keys(grid, spec, k.shape[1])
-    return combine(softmax, linear_sums(q, k, v, phi, keep, spec, shard.sum)).astype(q.dtype)
+    total = lambda sums: residuals.marked(shard.sum(sums))  # noqa: E731  (or they are sent once more, backward)
+    return combine(softmax, linear_sums(q, k, v, phi, keep, spec, total)).astype(q.dtype)
 
 
 def _softmax(q, k, v, phi, spec, grid, shard, backend, chosen):

@@ -21,11 +21,12 @@ def marked(tree: PyTree) -> PyTree:
 
 
 def from_inputs(attention: Callable) -> Callable:
-    """`attention` in XLA operations, which keeps its inputs for the backward pass; the output is marked.
+    """`attention` in XLA operations, which keeps its inputs, and what it marks, for the backward pass.
 
-    Everything else is computed anew there: per block scores of many GiB, and sums of each branch of a switch.
+    Everything else is computed anew there: per block scores of many GiB, and sums of each branch of a switch. The
+    output is marked.
     """
-    run = jax.checkpoint(attention)
+    run = jax.checkpoint(attention, policy=kept)
     return lambda *args: marked(run(*args))
 
 

@@ -181,6 +181,7 @@ def test_another_mesh_continues_to_the_same_maps(whole, root, monkeypatch):
     assert_equal_to_rounding(root / "mesh/distill", whole)
 
 
+@pytest.mark.slow
 def test_two_processes_finish_what_one_began(whole, root, tmp_path, monkeypatch, capsys):
     """One process on 8 devices, interrupted; then two on 4 each, to the same files, which the first of them writes.
 
