@@ -20,12 +20,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook("hybrid_dit", "beartype.beartype")
 
 # What takes longest starts first, so that no process is left with a long file when the others are done.
-FIRST = "jobs/test_pretrain", "test_trainer", "jobs/", "test_wan_tiny", "test_distiller", "pytorch/", "models/", "ops/"
-
-
-def pytest_xdist_auto_num_workers():
-    """One more than there are processors: many tests wait, for a child process or a second thread."""
-    return len(os.sched_getaffinity(0)) + 1
+FIRST = "test_trainer", "jobs/", "test_wan_tiny", "test_distiller", "pytorch/", "models/", "ops/"
 
 
 def pytest_collection_modifyitems(items):

@@ -188,17 +188,23 @@ def test_measure_gives_each_videos_error():
     x_next, errors = jax.jit(d.measure)({"fresh": maps, "halved": halved}, dit, x, i, context, key)
     _, expected, _ = jax.jit(d.step)(d.init(jax.random.key(0)), dit, x, i, context, key)
     np.testing.assert_allclose(x_next, expected, rtol=1e-5, atol=1e-5)
-    model = wan.WanDiT(WAN)
-    t = jnp.asarray(d.sampler.schedule.timesteps)[i][None]
-    for video, c in enumerate(context):
-        _, variables = model.apply({"params": dit}, x, t, *c, mutable=["intermediates"])
+    t, grid = jnp.asarray(d.sampler.schedule.timesteps)[i][None], WAN.grid(x.shape)
+
+    @jax.jit
+    def alone(trees, c):
+        _, variables = wan.WanDiT(WAN).apply({"params": dit}, x, t, *c, mutable=["intermediates"])
         q, k, v, y = (a[3] for a in wan.captured_attention(variables))
-        _, sums = nested_sums(q, k, v, d.specs, WAN.grid(x.shape))
-        for name, tree in (("fresh", maps), ("halved", halved)):
-            for label, spec in d.specs.items():
-                phi = jax.tree.map(lambda a: a[3], tree[label])
-                grid = WAN.grid(x.shape)
-                _, error = surgery.rate_loss(phi, (q, k, v), y, sums[label], spec, grid, "value", key)
+        _, sums = nested_sums(q, k, v, d.specs, grid)
+
+        def error(phi, label):
+            phi = jax.tree.map(lambda a: a[3], phi)
+            return surgery.rate_loss(phi, (q, k, v), y, sums[label], d.specs[label], grid, "value", key)[1]
+
+        return {name: {label: error(tree[label], label) for label in d.specs} for name, tree in trees.items()}
+
+    for video, c in enumerate(context):
+        for name, of_maps in alone({"fresh": maps, "halved": halved}, c).items():
+            for label, error in of_maps.items():
                 assert errors[name][label].shape == (6, 2)
                 np.testing.assert_allclose(errors[name][label][3, video], error, rtol=1e-4)
 

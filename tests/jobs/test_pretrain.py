@@ -17,7 +17,7 @@ from hybrid_dit.jobs import pretrain
 def settings():
     config = pretrain_tiny.get_config()
     config.update({"frames": 5, "size": 16, "chunk": 2, "compute_dtype": "float32"})
-    config.vae.update({"base_dim": 2, "num_res_blocks": 1, "frames": 5, "size": 16})
+    config.vae.update({"base_dim": 2, "frames": 5, "size": 16})
     config.vae.update({"steps": 2, "whole_steps": 2, "batch": 2, "whole_batch": 2})
     config.text.update({"d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2})
     config.dit.update({"dim": 16, "num_heads": 2, "ffn_dim": 16, "num_layers": 1, "videos": 6})
@@ -26,6 +26,7 @@ def settings():
     return config
 
 
+@pytest.mark.slow
 def test_the_job_writes_a_pipeline_with_its_record_and_trains_the_vae_once(tmp_path, monkeypatch, capsys):
     config = settings()
     pretrain.run(config, tmp_path)

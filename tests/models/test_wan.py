@@ -118,7 +118,13 @@ def test_forward_matches_unmodified_diffusers_where_its_float32_embedding_is_acc
     assert relative(got, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("remat", ["none", "block", "attention", "dots"])
+# What is recomputed does not depend on the sizes.
+@pytest.mark.parametrize(
+    "pair, remat",
+    [(PAIRS["d16"], "none"), *((PAIRS["d12"], remat) for remat in wan.REMAT)],
+    ids=["d16-none", *(f"d12-{remat}" for remat in wan.REMAT)],
+    indirect=["pair"],
+)
 def test_parameter_gradients_match_diffusers(pair, remat, monkeypatch):
     model, config, params, entries = pair
     latents, text = inputs(config, seed=2)
