@@ -53,7 +53,8 @@ def test_auto_goes_by_the_mesh_inside_shard_map():
         )
         where = jax.sharding.PartitionSpec(names)
         f = jax.shard_map(body, mesh=mesh, in_specs=where, out_specs=where, axis_names=axes, check_vma=False)
-        jax.eval_shape(f, jnp.ones(4))
+        x = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, where))
+        jax.eval_shape(jax.jit(f), x)
 
     trace(("a", "b"), {"a", "b"})
     trace("a", {"a"})  # the compiler splits over b
