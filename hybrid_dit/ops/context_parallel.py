@@ -126,16 +126,19 @@ def shard_attention(
         return tpu_hybrid.attention(partial(_mixed, shard=shard), q, k, v, phi, spec, grid, shard)
     if chosen == "gpu":
         return gpu_hybrid.attention(q, k, v, phi, spec=spec, grid=grid, shard=shard)
-    return residuals.from_inputs(partial(_mixed, spec=spec, grid=grid, shard=shard))(q, k, v, phi)
+    return _mixed(q, k, v, phi, spec, grid, shard)
 
 
 def _mixed(q, k, v, phi, spec, grid, shard):
-    softmax = jnp.zeros(()), jnp.zeros(())
-    if spec.kind == "hybrid":
-        softmax = stabilised_sums(q, *(shard.softmax_keys(x, grid, spec) for x in (k, v)), spec)
-    keep = shard.linear_keys(grid, spec, k.shape[1])
-    total = lambda sums: residuals.marked(shard.sum(sums))  # noqa: E731  (or they are sent once more, backward)
-    return combine(softmax, linear_sums(q, k, v, phi, keep, spec, total)).astype(q.dtype)
+    def run(q, k, v, phi, *softmax_keys):
+        softmax = stabilised_sums(q, *softmax_keys, spec) if softmax_keys else (jnp.zeros(()), jnp.zeros(()))
+        keep = shard.linear_keys(grid, spec, k.shape[1])
+        total = lambda sums: residuals.marked(shard.sum(sums))  # noqa: E731
+        return combine(softmax, linear_sums(q, k, v, phi, keep, spec, total)).astype(q.dtype)
+
+    # What travels is not computed anew for the backward pass: it would be sent once more.
+    softmax_keys = [shard.softmax_keys(x, grid, spec) for x in (k, v)] if spec.kind == "hybrid" else ()
+    return residuals.from_inputs(run)(q, k, v, phi, *softmax_keys)
 
 
 def _softmax(q, k, v, phi, spec, grid, shard, backend, chosen):
