@@ -89,8 +89,8 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.finetune.videos = 48 if tiny else 0  # rendered moving shapes
     # From here on: may change when a run is continued.
     c.finetune.accumulate = 1  # parts that a batch is computed in, one after the other
-    # What backward recomputes: none; block; attention: a block but attention, for 40% less time and as much memory as
-    # tokens x width per block; dots: all but dense layers; auto: none or block, by size.
+    # What backward recomputes: none; block; attention: a block but attention, for as much memory as tokens x width per
+    # block and kind of attention; dots: all but dense layers; auto: none or block, by size.
     c.finetune.remat = "auto"
     c.finetune.save_every = 20 if tiny else 100
     c.finetune.keep = 2  # checkpoints, beside the one with the lowest loss
