@@ -46,7 +46,7 @@ def check(report, out, wan, devices):
     assert "compiled in" in out
 
 
-def test_fine_tuning_fits(root, tmp_path, capsys):
+def test_fine_tuning_fits(root, tmp_path, capsys, compile_quickly):
     code, report, config = planned(root, tmp_path, "finetune")
     out = capsys.readouterr().out
     assert code == 0 and report["fits"] and "DOES NOT FIT" not in out
