@@ -15,7 +15,7 @@ from hybrid_dit.ops.rope import rope_table
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.plan_steps import cost_shape
 from hybrid_dit.surgery_io import specs_from_config
-from hybrid_dit.targets import GIB, Target, no_cache
+from hybrid_dit.targets import Target
 
 
 def estimate(config, wan: WanConfig, shape: tuple[int, ...], target: Target) -> dict:
@@ -34,15 +34,9 @@ def estimate(config, wan: WanConfig, shape: tuple[int, ...], target: Target) -> 
     for label, spec in specs.items():
         lowered = attention_step(wan, shape, spec, jnp.dtype(config.model.compute_dtype), target)
         try:
-            with no_cache():
-                compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            needed = targets.needed_bytes(str(error))
-            if needed is None:
-                raise
-            raise UserError(
-                f"{label} needs {needed[0] / GIB:.1f} GiB, {target.name} has {needed[1] / GIB:.1f}"
-            ) from error
+            compiled = targets.compile_anew(lowered)
+        except targets.DoesNotFit as error:
+            raise UserError(f"{label} on {target.name}: {error}") from error
         costs[label] = hlo.estimated_cycles(hlo.parse(compiled.as_text()))
         faster = f"{costs['softmax'] / costs[label]:.2f}x (by FLOPs {flops['softmax'] / flops[label]:.2f}x)"
         print(f"  {label:8} {costs[label]:>14,} cycles   {faster}", flush=True)

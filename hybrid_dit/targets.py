@@ -144,12 +144,33 @@ def needed_bytes(message: str) -> tuple[int, int] | None:
     return tuple(int(float(n) * 1024 ** units[u]) for n, u in zip(values[::2], values[1::2]))
 
 
-@contextlib.contextmanager
-def no_cache():
-    """Programs from the compilation cache would have no compile time."""
+class DoesNotFit(Exception):
+    """The compiler found no way to fit a program into a device.
+
+    Attributes:
+        needed: bytes that it would take.
+        available: bytes that there are.
+    """
+
+    def __init__(self, needed: int, available: int):
+        super().__init__(f"{needed / GIB:.2f} GiB needed, {available / GIB:.2f} available")
+        self.needed, self.available = needed, available
+
+
+def compile_anew(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles without the compilation cache: programs from there would have no compile time.
+
+    Raises:
+        DoesNotFit: the devices have too little memory.
+    """
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        yield
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        sizes = needed_bytes(str(error))
+        if sizes is None:
+            raise
+        raise DoesNotFit(*sizes) from error
     finally:
         jax.config.update("jax_enable_compilation_cache", before)

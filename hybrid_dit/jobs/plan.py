@@ -11,8 +11,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-
 from hybrid_dit import hlo, plan_layouts, targets
 from hybrid_dit.atomic import write_json
 from hybrid_dit.command_line import override
@@ -20,7 +18,7 @@ from hybrid_dit.compiled_costs import estimate
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig
 from hybrid_dit.plan_steps import STEPS, sizes
-from hybrid_dit.targets import GIB, Target, no_cache
+from hybrid_dit.targets import GIB, Target
 
 LARGEST = 10  # collectives that the JSON file lists with the operation they come from
 
@@ -75,14 +73,10 @@ def plan(config, wan: WanConfig, shape: tuple[int, ...], target: Target) -> dict
     report["trace_seconds"] = round(time.monotonic() - began, 1)
     began = time.monotonic()
     try:
-        with no_cache():
-            compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = targets.needed_bytes(str(error))
-        if needed is None:
-            raise
+        compiled = targets.compile_anew(lowered)
+    except targets.DoesNotFit as error:
         # The compiler stops here: there is no program to read anything else from.
-        return report | {"needed_bytes": needed[0], "memory_bytes": target.memory or needed[1], "fits": False}
+        return report | {"needed_bytes": error.needed, "memory_bytes": target.memory or error.available, "fits": False}
     report["compile_seconds"] = round(time.monotonic() - began, 1)
     memory = compiled.memory_analysis()
     program = hlo.parse(compiled.as_text())
