@@ -94,20 +94,23 @@ def plan(config, wan: WanConfig, shape: tuple[int, ...], target: Target) -> dict
         ],
         "collectives_in_loops_of_unknown_length": unknown,
         "compiler_cycles": hlo.estimated_cycles(program),
-        "least_seconds": least_seconds(report, traffic, target),
+        "least_seconds": least_seconds(report, program, target),
     }
 
 
-def least_seconds(report: dict, traffic: Mapping[str, hlo.Traffic], target: Target) -> dict[str, float]:
+def least_seconds(report: dict, program: hlo.Program, target: Target) -> dict[str, float]:
     """Returns how long a step takes at least: its FLOPs at the matrix unit's peak, its collectives at the links'.
 
     Recomputed FLOPs are not counted. Of a collective, its output comes in through a device's links; an all-reduce
-    brings twice that.
+    brings twice that. Blocks of several kinds of attention are branches of a conditional, all of whose collectives
+    `hlo.collectives` counts: then there is no bound for the links.
     """
     kind, bounds = target.devices[0].device_kind, {}
     if peak := targets.peak(kind):
         bounds["matrix unit"] = report["flops_per_device"] / peak
-    if links := targets.links(kind):
+    links = targets.links(kind)
+    if links and all(instruction.opcode != "conditional" for instruction, *_ in program.executed()):
+        traffic, _ = hlo.collectives(program)
         moved = sum((2 if name == "all-reduce" else 1) * t.bytes for name, t in traffic.items())
         bounds["links"] = moved / links
     return bounds
