@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -35,17 +36,17 @@ def file_of(out: Path, model: str, target: str, label: str) -> Path:
 
 def compile_plan(file: Path, model: str, target: str, label: str, seq: int) -> None:
     """Runs `configs/plan.py` in a process of its own and keeps its report; exit code 1 says that it does not fit."""
-    work = file.with_suffix(".work")
-    command = [
-        *(sys.executable, "-m", "hybrid_dit.main", f"--config=configs/plan.py:{model}", f"--workdir={work}"),
-        *(f"--config.target={target}", "--config.job=finetune", f"--config.select.budget={BUDGETS[label]}"),
-        *(f"--config.mesh.seq={seq}", f"--config.layouts={label == SEARCHED}"),
-    ]
-    code = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
-    if code not in (0, 1):
-        raise SystemExit(f"{' '.join(command)} ended with code {code}")
-    (made,) = (work / "plan").glob("*.json")
-    made.replace(file)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".plan_") as work:
+        command = [
+            *(sys.executable, "-m", "hybrid_dit.main", f"--config=configs/plan.py:{model}", f"--workdir={work}"),
+            *(f"--config.target={target}", "--config.job=finetune", f"--config.select.budget={BUDGETS[label]}"),
+            *(f"--config.mesh.seq={seq}", f"--config.layouts={label == SEARCHED}"),
+        ]
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+        made = list(Path(work, "plan").glob("*.json"))
+        if code not in (0, 1) or not made:
+            raise SystemExit(f"{' '.join(command)} ended with code {code}")
+        made[0].replace(file)
 
 
 def row(report: dict, model: str, target: str, label: str, seq: int) -> str:
