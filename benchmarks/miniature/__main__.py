@@ -2,6 +2,7 @@
 
     python benchmarks/miniature distillation --out=docs/results/miniature     # one table; about 1 GPU minute each
     python benchmarks/miniature all --out=docs/results/miniature              # all of them
+    python benchmarks/miniature all --out=docs/results/miniature --processes=10   # sooner, if cores are many
 
 Tables: distillation, rates, selection, loss, feature_maps, finetuning, stabiliser, pattern (scores of videos), errors
 and widths (errors of blocks). What is done is kept in `--work` and not done again; interrupt it when you like. Each
@@ -12,7 +13,11 @@ seeds, intervals 95% bootstrap over videos (of their means over seeds).
 
 import argparse
 import json
+import subprocess
+import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -31,14 +36,14 @@ def interval(values: np.ndarray) -> list[float]:
     return [round(x, 2) for x in bootstrap_interval(values)]
 
 
-def scored(study: Study, table: Table, seeds: int) -> dict:
+def scored(study: Study, table: Table, seeds: list[int]) -> dict:
     """Scores every row and checks every claim."""
     flops, shape = select_rates.flop_costs(study.config), select_rates.attention_shape(study.config)
     flops["linear"] = cost.self_attention_flops(shape, study.specs["linear"])
     teacher = study.teacher()
     totals, rows = {}, []
     for row in table.rows:
-        runs = [study.score(row, seed) for seed in range(seeds)]
+        runs = [study.score(row, seed) for seed in seeds]
         mean = {name: np.mean([run[name] for run in runs], axis=0) for name in ("total", *table.columns)}
         totals[row.name] = mean["total"]
         saved = [1 - sum(flops[c] for c in run["choice"]) / (len(run["choice"]) * flops["softmax"]) for run in runs]
@@ -62,11 +67,11 @@ def scored(study: Study, table: Table, seeds: int) -> dict:
     return {"title": table.title, "teacher": shown, "rows": rows, "claims": claims}
 
 
-def errors(study: Study, seeds: int) -> dict:
+def errors(study: Study, seeds: list[int]) -> dict:
     """Held-out relative L1 error by rate, mean over blocks and seeds, for every setting of `ERRORS`."""
     labels, rows = list(study.config.distill.rates), []
     for name, changed in ERRORS.items():
-        folders = [study.distilled(seed, changed) for seed in range(seeds)]
+        folders = [study.distilled(seed, changed) for seed in seeds]
         for column in ("undistilled", "distilled") if not changed else ("distilled",):
             values = np.stack([study.errors(folder, column) for folder in folders])  # [seeds, B, labels]
             setting = f"{name}, not distilled" if column == "undistilled" else name
@@ -74,14 +79,14 @@ def errors(study: Study, seeds: int) -> dict:
     return {"title": "Relative L1 error of a block's attention, mean over blocks", "rows": rows}
 
 
-def widths(study: Study, seeds: int) -> dict:
+def widths(study: Study, seeds: list[int]) -> dict:
     """The same for both token patterns at several numbers of tokens per row."""
     labels, rows = list(study.config.distill.rates), []
     for width in WIDTHS:
         for pattern in ("stride", "lattice"):
             model = {} if width == 8 else {"width": 16 * width}
             changed = {} if pattern == "stride" else {"pattern": pattern}
-            values = [study.errors(study.distilled(seed, changed, model)) for seed in range(seeds)]
+            values = [study.errors(study.distilled(seed, changed, model)) for seed in seeds]
             rows.append({"setting": f"{width} tokens a row, {pattern}", **by_rate(np.stack(values), labels)})
     return {"title": "Stride and lattice by width of the token grid: relative L1 error, mean over blocks", "rows": rows}
 
@@ -120,6 +125,31 @@ def markdown(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def fill(names: list[str], seeds: list[int], processes: int, settings: list[str]) -> None:
+    """Makes every table of every seed in a process of its own, for what they leave in the work folder.
+
+    Programs as small as the bundled model's leave a GPU idle between them, and scores are taken on the host.
+
+    Raises:
+        SystemExit: one of them failed; what it said is on the screen.
+    """
+    first = sorted(names, key=lambda name: name in TABLES)  # those that distil most
+
+    def run(job):
+        name, seed = job
+        with tempfile.TemporaryDirectory() as out:
+            command = [sys.executable, __file__, name, f"--seeds={seed}", f"--out={out}", *settings]
+            return job, subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+
+    with ThreadPoolExecutor(processes) as pool:
+        jobs = [(name, seed) for name in first for seed in seeds]
+        for i, (job, code) in enumerate(pool.map(run, jobs)):
+            print(f"{i + 1} of {len(jobs)}: {job[0]}, seed {job[1]}", flush=True)
+            if code:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise SystemExit(f"{job[0]}, seed {job[1]}: exit code {code}")
+
+
 def main() -> None:
     """Makes the tables that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,14 +157,21 @@ def main() -> None:
     parser.add_argument("tables", nargs="+", choices=[*names, "all"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/miniature"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--trajectories", type=int, default=10, help="of each distillation; 50 steps each")
     parser.add_argument("--videos", type=int, default=64)
     parser.add_argument("--sample-steps", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=1, help="that share the device and the work folder")
     args = parser.parse_args()
+    names = names if "all" in args.tables else args.tables
+    if args.processes > 1:
+        settings = [
+            f"--{x.replace('_', '-')}={getattr(args, x)}" for x in ("work", "trajectories", "videos", "sample_steps")
+        ]
+        fill(names, args.seeds, args.processes, settings)
     set_up()
     study = Study(args.work, args.trajectories, args.videos, args.sample_steps)
-    for name in names if "all" in args.tables else args.tables:
+    for name in names:
         began = time.monotonic()
         if name in TABLES:
             report = scored(study, TABLES[name](study), args.seeds)
@@ -142,7 +179,7 @@ def main() -> None:
             report = {"errors": errors, "widths": widths}[name](study, args.seeds)
         scores = f"; {args.videos} videos, UniPC {args.sample_steps} steps, guidance 3" if name in TABLES else ""
         report["made"] = (
-            f"{args.seeds} seeds, {50 * args.trajectories} steps of distillation{scores}; on "
+            f"{len(args.seeds)} seeds, {50 * args.trajectories} steps of distillation{scores}; on "
             f"{jax.devices()[0].device_kind}, jax {jax.__version__}."
         )
         args.out.mkdir(parents=True, exist_ok=True)

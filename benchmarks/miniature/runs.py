@@ -1,9 +1,12 @@
 """What the tables are made of: distillations run by the job itself, and scored videos of any assignment of rates.
 
 Everything is kept in a work folder and found again: distillations as stage folders, scores as lines of `scores.jsonl`.
+Several processes may share it: whoever needs what another is at waits for it.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import shutil
@@ -26,6 +29,15 @@ from hybrid_dit.sampling import guided, make_sampler, sample
 from hybrid_dit.surgery_io import MAPS_FILE, load_choice, load_maps, specs_from_config
 
 UNDISTILLED = "undistilled.safetensors"
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Lets one process at a time work in `folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +101,8 @@ class Study:
         """Runs stage 1 unless it has run; returns its folder."""
         parts = [f"{k}-{v}" for k, v in {**changed, **(model or {})}.items()]
         workdir = self.work / "_".join(["distill", *parts, f"seed-{seed}"])
-        distill.run(self.settings(seed, changed, model), workdir)
+        with locked(workdir):
+            distill.run(self.settings(seed, changed, model), workdir)
         return workdir / "distill"
 
     def errors(self, folder: Path, column: str = "distilled") -> np.ndarray:
