@@ -16,7 +16,10 @@ T, passes = Tile, partial(Tile, passes=True)
 
 # Of those that fit shared memory by `triton_aot.py`; spills outside loops cost little.
 CANDIDATES = {
-    "state": [T(128, 64, 8, 2), T(128, 32, 8, 3), T(128, 64, 8, 1), T(128, 128, 8, 1), T(64, 64, 4, 2), T(64, 32, 4, 3)],
+    "state": [
+        *(T(128, 64, 8, 2), T(128, 32, 8, 3), T(128, 64, 8, 1), T(128, 128, 8, 1)),
+        *(T(64, 64, 4, 2), T(64, 32, 4, 3)),
+    ],
     "read": [
         *(T(128, 64, 8, 2), T(128, 32, 8, 3), T(128, 32, 8, 4), T(64, 32, 4, 3), T(64, 64, 4, 2)),
         *(passes(128, 64, 8, 2), passes(64, 64, 4, 2), passes(64, 32, 4, 3)),
