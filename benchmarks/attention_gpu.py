@@ -176,23 +176,22 @@ def tune(report, deadline, n: int = 32760) -> Tiles:
     arrays = jax.tree.map(lambda x: 0.1 * jax.random.normal(key, x.shape, x.dtype), shapes)
     arrays["keep"] = (jnp.arange(n) % candidates.RATE != 0).astype(jnp.float32)
 
-    def job(name, sizes, values=False, **labels):
-        function, inputs = candidates.kernel(name, sizes, values)
-        return {"kernel": name + " with dv" * values, **labels}, function, [arrays[x] for x in inputs]
+    def job(name, sizes, training=False, **labels):
+        function, inputs = candidates.kernel(name, sizes, training)
+        return {"kernel": name, "training": training, **labels}, function, [arrays[x] for x in inputs]
 
     def rate(labels, ms):
-        name = labels["kernel"].removesuffix(" with dv")
-        return {"tflops": candidates.flops(name, n, name != labels["kernel"]) / ms / 1e9}
+        return {"tflops": candidates.flops(labels["kernel"], n, labels["training"]) / ms / 1e9}
 
     for name, tiles in candidates.CANDIDATES.items():
         jobs = [
-            job(name, candidates.replaced(name, tile), values, **dataclasses.asdict(tile))
-            for values in ((False, True) if name == "key" else (False,))
+            job(name, candidates.replaced(name, tile), training, **dataclasses.asdict(tile))
+            for training in ((False, True) if name in candidates.BOTH else (False,))
             for tile in tiles
         ]
         first = len(report.rows)
         time_all(jobs, report, deadline, rate)
-        # Keys' backward runs without dv in stage 1 and with it in stage 3: the same tile serves both.
+        # The same tile serves with what training adds and without it.
         totals = {}
         for row in report.rows[first:]:
             tile = tuple(row[field.name] for field in dataclasses.fields(gpu_tiles.Tile))
@@ -205,7 +204,7 @@ def tune(report, deadline, n: int = 32760) -> Tiles:
     jobs = [
         job(name, dataclasses.replace(sizes, programs=p), programs=p)
         for p in candidates.PROGRAMS
-        for name in ("state", "query", "weights")
+        for name in ("state", "query", "products")
     ]
     time_all(jobs, report, deadline, rate)
     totals = {}
@@ -238,7 +237,7 @@ def stage1(report, deadline, sizes, n: int = 32760) -> None:
 
 
 def sweep(report, deadline, sizes, backends, tokens, rates) -> None:
-    """Attention against softmax by cuDNN."""
+    """Attention against softmax by cuDNN; plain XLA, which is slow, for the last number of tokens only."""
     for n in tokens:
         (q, k, v), phi, g = make_inputs(n)
         shape = cost.wan_1_3b(n)
@@ -265,7 +264,7 @@ def sweep(report, deadline, sizes, backends, tokens, rates) -> None:
         plain = lambda q, k, v, phi: softmax_attention(q, k, v)  # noqa: E731
         labels = {"n": n, "rate": 0, "stabiliser": "", "backend": "cudnn"}
         time_all(list(jobs_of(plain, labels)), report, deadline, extra)
-        for name in (*(f"gpu {x}" for x in backends), "xla"):
+        for name in (*(f"gpu {x}" for x in backends), *["xla"] * (n == tokens[-1])):
             jobs = []
             for rate in rates:
                 for stabiliser in ("max", "lse"):
@@ -298,7 +297,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument("--steps", nargs="*", default=STEPS, choices=STEPS)
-    parser.add_argument("--tokens", nargs="*", type=int, default=[32760, 12600, 75600])
+    parser.add_argument("--tokens", nargs="*", type=int, default=[12600, 75600, 32760])
     parser.add_argument("--rates", nargs="*", type=int, default=[8, 4, 2, 1])
     parser.add_argument("--softmax", nargs="*", default=list(gpu_hybrid.SOFTMAX), choices=gpu_hybrid.SOFTMAX)
     parser.add_argument("--seconds", type=float, default=340, help="no new variant is tried after that many")

@@ -16,28 +16,29 @@ T, passes = Tile, partial(Tile, passes=True)
 
 # Of those that fit shared memory by `triton_aot.py`; spills outside loops cost little.
 CANDIDATES = {
-    "state": [T(128, 64, 8, 2), T(128, 32, 8, 3), T(64, 64, 8, 2), T(64, 64, 8, 3), T(64, 32, 8, 3), T(128, 64, 16, 2)],
+    "state": [
+        *(T(128, 64, 8, 2), T(128, 32, 8, 3), T(128, 64, 8, 1), T(128, 128, 8, 1)),
+        *(T(64, 64, 4, 2), T(64, 32, 4, 3)),
+    ],
     "read": [
-        *(T(128, 64, 8, 2), T(128, 32, 8, 3), T(64, 64, 8, 2), T(64, 64, 8, 3)),
-        *(passes(128, 64, 8, 2), passes(128, 32, 8, 3), passes(64, 64, 4, 2)),
+        *(T(128, 64, 8, 2), T(128, 32, 8, 3), T(128, 32, 8, 4), T(64, 32, 4, 3), T(64, 64, 4, 2)),
+        *(passes(128, 64, 8, 2), passes(64, 64, 4, 2), passes(64, 32, 4, 3)),
     ],
-    "query": [T(64, 64, 8, 2), T(64, 32, 8, 3), T(64, 32, 8, 2), T(128, 64, 8, 2)],
-    "key": [
-        *(T(64, 64, 8, 2), T(64, 32, 8, 3), T(128, 64, 8, 2), T(64, 64, 4, 2)),
-        *(passes(128, 64, 8, 2), passes(64, 64, 4, 2), passes(64, 64, 8, 2)),
+    "query": [T(128, 64, 8, 2), T(64, 64, 4, 2), T(64, 64, 4, 3), T(64, 64, 8, 2), T(64, 64, 8, 3)],
+    "key": [T(128, 64, 8, 2), T(64, 64, 4, 2), T(64, 64, 8, 2)],
+    "hidden": [
+        *(T(128, 64, 8, 2), T(128, 32, 8, 3), T(128, 32, 8, 2), T(128, 128, 8, 1)),
+        *(T(64, 64, 4, 2), T(64, 32, 4, 2), T(64, 32, 4, 3), T(64, 64, 8, 2)),
     ],
-    "weights": [T(64, 32, 8, 2), T(64, 32, 8, 3), T(128, 32, 8, 2), T(128, 32, 8, 1), T(64, 64, 8, 2), T(64, 32, 4, 2)],
-    "inputs": [T(128, 32, 8, 2), T(128, 64, 8, 2), T(128, 32, 8, 3), T(64, 64, 8, 2), T(64, 64, 4, 2), T(64, 32, 4, 3)],
+    "products": [T(64, 64, 8, 3), T(64, 64, 8, 4), T(128, 64, 8, 2), T(32, 64, 8, 4), T(64, 64, 8, 2)],
     "softmax": [
-        *(T(128, 128, 8, 2), T(128, 64, 8, 2), T(128, 64, 8, 3)),
-        *(T(64, 64, 4, 3), T(64, 64, 4, 2), T(64, 128, 4, 2)),
+        *(T(128, 128, 8, 2), T(128, 128, 8, 3), T(128, 64, 8, 3), T(128, 64, 8, 4)),
+        *(T(64, 64, 4, 3), T(64, 32, 4, 4), T(64, 64, 4, 4)),
     ],
-    "softmax_dq": [T(128, 64, 8, 2), T(128, 64, 8, 3), T(128, 32, 8, 3), T(64, 64, 4, 2), T(64, 64, 4, 3)],
-    "softmax_dkv": [
-        *(T(128, 32, 8, 2), T(128, 32, 8, 3), T(128, 64, 8, 2)),
-        *(T(64, 64, 8, 2), T(64, 128, 8, 2), T(64, 64, 4, 2), T(64, 32, 4, 3)),
-    ],
+    "softmax_dq": [T(128, 64, 8, 3), T(128, 32, 8, 3), T(64, 64, 4, 2)],
+    "softmax_dkv": [T(128, 32, 8, 3), T(128, 64, 8, 2), T(64, 64, 4, 2), T(64, 32, 4, 3)],
 }
+BOTH = "state", "read", "key", "hidden"
 PROGRAMS = (132, 264, 396, 528, 1056)
 
 
@@ -56,32 +57,41 @@ def shapes(n: int) -> dict:
             array((HEADS, features, features), dtype),
             array((HEADS, features), jnp.float32),
         ),
-        "dy": array((1, HEADS, padded, features), dtype),
+        "features": array((1, HEADS, padded, features), dtype),
         "sums": (array((1, HEADS, features, DIM), dtype), array((1, HEADS, features), jnp.float32)),
-        "parts": (array((1, HEADS, 2, features, DIM), dtype), array((1, HEADS, features), jnp.float32)),
     }
 
 
-def kernel(name: str, sizes: Tiles, values: bool = False):
-    """(function, names of its arguments in `shapes`) that runs one kernel; `values`: with dv, where that's a choice."""
+def kernel(name: str, sizes: Tiles, training: bool = False):
+    """(function, names of its arguments in `shapes`) that runs one kernel.
+
+    Those of `BOTH` exist in two kinds: `state` and `read` as they are and with the features kept for `training`; `key`
+    and `hidden` without and with the gradients in v, q and k, which training all parameters needs.
+    """
     rest = PHI, sizes, False
     backward, softmax = gpu_linear_backward, ("x", "keys", "keys", "x", "vector", "vector")
     return {
-        "state": (lambda k, v, keep, w: gpu_linear.state(k, v, keep, w, *rest), ("x", "x", "keep", "weights")),
-        "read": (
-            lambda q, o, weight, w, sums: gpu_linear.read(q, (o, weight), w, sums, *rest),
-            ("x", "x", "vector", "weights", "parts"),
+        "state": (
+            lambda k, v, keep, w: gpu_linear.state(k, v, keep, w, *rest, keep_features=training),
+            ("x", "x", "keep", "weights"),
         ),
-        "query": (
-            lambda q, dn, dl, w, sums: backward.query(q, dn, dl, w, sums, *rest),
+        "read": (
+            lambda q, o, weight, w, sums: gpu_linear.read(q, (o, weight), w, sums, *rest, keep_features=training),
             ("x", "x", "vector", "weights", "sums"),
         ),
-        "key": (
-            lambda k, v, keep, w, sums: backward.key(k, v, keep, w, sums, *rest, values=values),
-            ("x", "x", "keep", "weights", "sums"),
+        "query": (
+            lambda f, dn, dl, sums: backward.query(f, dn, dl, sums, *rest),
+            ("features", "x", "vector", "sums"),
         ),
-        "weights": (lambda x, dy, w: backward.parameters(x, dy, w, *rest), ("x", "dy", "weights")),
-        "inputs": (lambda x, dy, w: backward.inputs(x, dy, w, *rest), ("x", "dy", "weights")),
+        "key": (
+            lambda f, v, keep, sums: backward.key(f, v, keep, sums, *rest, values=training),
+            ("features", "x", "keep", "sums"),
+        ),
+        "hidden": (lambda x, dy, w: backward.hidden(x, dy, w, *rest, inputs=training), ("x", "features", "weights")),
+        "products": (
+            lambda x, h, dy: [backward.products(a, dy, DIM, *rest[1:]) for a in (x, h)],
+            ("x", "features", "features"),
+        ),
         "softmax": (lambda q, k, v: gpu_softmax.forward(q, k, v, *rest[1:]), ("x", "keys", "keys")),
         "softmax_dq": (lambda *args: gpu_softmax.backward_queries(*args, *rest[1:]), softmax),
         "softmax_dkv": (lambda *args: gpu_softmax.backward_keys(*args, *rest[1:]), softmax),
@@ -93,17 +103,17 @@ def replaced(name: str, tile: Tile) -> Tiles:
     return dataclasses.replace(Tiles(), **{name: tile})
 
 
-def flops(name: str, n: int, values: bool = False) -> float:
+def flops(name: str, n: int, training: bool = False) -> float:
     """Matrix products of a kernel: FLOPs that the method needs, without what a kernel does twice."""
     d, f, keys = DIM, PHI.degree * DIM, -(-n // RATE)
     phi, state = d * f + f * f, f * d
     per_token = {
         "state": phi + state,
         "read": phi + state,
-        "query": phi + 2 * state,
-        "key": phi + (2 if values else 1) * state,
-        "weights": d * f + 2 * f * f + d * f,
-        "inputs": d * f + f * f + d * f,
+        "query": 2 * state,
+        "key": (2 if training else 1) * state,
+        "hidden": phi + (state if training else 0),
+        "products": d * f + f * f,
         "softmax": 2 * keys * d,
         "softmax_dq": 3 * keys * d,
         "softmax_dkv": 4 * keys * d,

@@ -110,9 +110,9 @@ def jobs(args):
         if args.only not in name:
             continue
         for tile in tiles if args.candidates else [getattr(Tiles(), name)]:
-            for values in (False, True) if name == "key" else (False,):
-                labels = {"job": name + " with dv" * values, **dataclasses.asdict(tile)}
-                function, inputs = gpu_candidates.kernel(name, gpu_candidates.replaced(name, tile), values)
+            for training in (False, True) if name in gpu_candidates.BOTH else (False,):
+                labels = {"job": name, "training": training, **dataclasses.asdict(tile)}
+                function, inputs = gpu_candidates.kernel(name, gpu_candidates.replaced(name, tile), training)
                 yield labels, function, [shapes[x] for x in inputs]
 
 

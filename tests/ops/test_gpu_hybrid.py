@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import test_hybrid as harness
+from jax.extend import core
 from jax.sharding import Mesh, PartitionSpec
 from test_hybrid import U16, U32
 
@@ -202,9 +203,21 @@ def test_gradients_in_q_k_v_are_made_only_where_asked_for():
 
     def counts(argnums):
         text = str(jax.make_jaxpr(jax.grad(partial(total, backend="gpu"), argnums))(phi, q, k, v))
-        return [text.count(f"name=hybrid_{x}_backward") for x in ("query", "key", "parameters", "inputs")]
+        return [text.count(f"name=hybrid_{x}_backward") for x in ("query", "key", "hidden", "products")]
 
-    assert counts(0) == [1, 1, 2, 0] and counts((0, 1, 2, 3)) == [1, 1, 2, 2]
+    assert counts(0) == [1, 1, 2, 4] == counts((0, 1, 2, 3))
+    for argnums, arrays in ((0, 2), ((0, 1, 2, 3), 3)):  # h and da, then dx
+        jaxpr = jax.make_jaxpr(jax.grad(partial(total, backend="gpu"), argnums))(phi, q, k, v).jaxpr
+        kernels = [e for e in every_equation(jaxpr) if e.primitive.name == "pallas_call"]
+        outputs = {e.params["name"]: len(e.outvars) for e in kernels}
+        assert outputs["hybrid_hidden_backward"] == arrays and outputs["hybrid_key_backward"] == arrays - 1
+
+
+def every_equation(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from every_equation(inner)
 
 
 # Without a GPU
@@ -226,8 +239,8 @@ def test_kernels_lower_to_triton_at_full_size():
     f = jax.jit(jax.grad(lambda *args: run(*args).astype(jnp.float32).sum(), (0, 1, 2, 3)))
     with hopper():
         text = f.trace(x, x, x, phi).lower(lowering_platforms=("cuda",)).as_text()
-    # state, softmax, read; query, key, 2 x parameters, 2 x inputs, dq, dkv
-    assert text.count("@__gpu$xla.gpu.triton") == 11
+    # state, softmax, read; query, key, 2 x hidden, 4 x products, dq, dkv
+    assert text.count("@__gpu$xla.gpu.triton") == 13
 
 
 def test_cudnn_backward_is_given_the_total_output_and_normaliser(monkeypatch):
@@ -236,10 +249,9 @@ def test_cudnn_backward_is_given_the_total_output_and_normaliser(monkeypatch):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda *_: False)
-    q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.bfloat16) for n in (300, 150))
+    q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.bfloat16) for n in (300, 151))
     total = jax.ShapeDtypeStruct((1, 2, 300), jnp.float32)
-    run = partial(gpu_softmax.cudnn_backward, pad=True)
-    jaxpr = jax.make_jaxpr(run)(q, k, k, q, q, total).jaxpr
+    jaxpr = jax.make_jaxpr(gpu_softmax.cudnn_backward)(q, k, k, q, q, total).jaxpr
     names = [e.primitive.name for e in jaxpr.eqns]
     (call,) = (e for e in jaxpr.eqns if "attention" in e.primitive.name)
     g, y, normaliser = jaxpr.invars[3:]

@@ -1,7 +1,8 @@
 """Hybrid attention (paper Eq. 5) on a GPU from fused kernels, forward and backward.
 
 Forward: `gpu_linear.state` over all keys, softmax over S's keys (`gpu_softmax`), `gpu_linear.read` for φ_q and the
-quotient. Kept for the backward pass: the inputs, the output y, its denominator and log-normaliser, and the state.
+quotient. Kept for the backward pass: the inputs, the output y, its denominator and log-normaliser, the state, and the
+features of q and k, 2 F numbers of 16 bits a token and head, with which it needs neither of φ's matrices again.
 
 Backward, with y_i = n_i / Z_i (numerator and denominator of Eq. 5, c_i held fixed): dn_i = g_i / Z_i and
 dZ_i = −g_i·y_i / Z_i are the cotangents of the linear part's sums as of the softmax part's, so the two branches don't
@@ -23,7 +24,7 @@ from hybrid_dit.ops.shards import Shard
 from hybrid_dit.ops.spec import AttentionSpec
 from hybrid_dit.ops.tokens import Grid, linear_keys, softmax_tokens
 
-SOFTMAX = ("cudnn", "triton", "cudnn_unpadded")
+SOFTMAX = ("cudnn", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class How:
         spec: what to compute.
         grid: of the tokens.
         sizes: of tiles.
-        softmax: whose kernels take the softmax part, of `SOFTMAX`.
+        softmax: whose kernels take the softmax part, of `SOFTMAX`; Triton's where cuDNN has none.
         interpret: run on any platform, slowly; "triton" only.
         shard: inside `shard_map`, which part of a video's rows q, k and v are; `grid` is of the whole.
     """
@@ -112,26 +113,28 @@ def _softmax_rows(x: Array, how: How) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(how, q, k, v, softmax_keys, phi):
-    return _forward(how, q, k, v, softmax_keys, phi)[0]
+    return _forward(how, q, k, v, softmax_keys, phi, keep_features=False)[0]
 
 
-def _forward(how, q, k, v, softmax_keys, phi):
+def _forward(how, q, k, v, softmax_keys, phi, keep_features=True):
     out = weight = c = None
     if softmax_keys is not None:
         out, weight, c = _softmax_forward(how, q, *softmax_keys)
-    sums = denominator = None
+    sums = features = None
+    y, denominator = out, weight
     if _has_linear(how.spec):
-        sums = _state(how, k, v, phi)
+        sums, of_keys = _state(how, k, v, phi, keep_features)
         given = None if out is None else (out, weight)
-        y, denominator = gpu_linear.read(q, given, _weights(phi, "q", q), _parts(sums, q), *_rest(how))
-    else:
-        y, denominator = out, weight
+        y, denominator, of_queries = gpu_linear.read(
+            q, given, _weights(phi, "q", q), _rounded(sums, q), *_rest(how), keep_features=keep_features
+        )
+        features = of_queries, of_keys
     y, denominator, c, sums = marked((y, denominator, c, sums))
-    return y, (q, k, v, softmax_keys, phi, y, denominator, c, sums)
+    return y, (q, k, v, softmax_keys, phi, y, denominator, c, sums, features)
 
 
 def _backward(how, residuals, g):
-    q, k, v, softmax_keys, phi, y, denominator, c, sums = residuals
+    q, k, v, softmax_keys, phi, y, denominator, c, sums, features = residuals
     g = g.astype(q.dtype)
     delta = jnp.moveaxis((g.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=3), 1, 2)  # [b, h, n]
     dq, dk, dv, dsoftmax = jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), None
@@ -144,7 +147,7 @@ def _backward(how, residuals, g):
         inverse = 1.0 / jnp.maximum(denominator, TINY)
         dn = (g.astype(jnp.float32) * jnp.moveaxis(inverse, 1, 2)[..., None]).astype(q.dtype)
         dl = jnp.where(denominator > TINY, -delta * inverse, 0.0)
-        dphi, (linear_dq, dk, dv) = _linear_backward(how, q, k, v, phi, sums, dn, dl, inputs=True)
+        dphi, (linear_dq, dk, dv) = _linear_backward(how, q, k, v, phi, sums, features, dn, dl, inputs=True)
         dq = (dq.astype(jnp.float32) + linear_dq.astype(jnp.float32)).astype(q.dtype)
     return dq, dk, dv, dsoftmax, dphi
 
@@ -159,18 +162,22 @@ def _has_linear(spec: AttentionSpec) -> bool:
 
 def _softmax_forward(how, q, k, v):
     """(o, w, c) as in `gpu_softmax`."""
-    if how.softmax != "triton":
-        return gpu_softmax.cudnn_forward(q, k, v, how.spec.stabiliser, pad=how.softmax == "cudnn")
+    lse = how.spec.stabiliser == "lse"
+    if lse and _on_cudnn(how, q):
+        return gpu_softmax.cudnn_forward(q, k, v)
     out, weight, c = gpu_softmax.forward(q, k, v, how.sizes, how.interpret)
-    if how.spec.stabiliser == "lse":
-        return out, jnp.ones_like(weight), c + jnp.log(weight)
-    return out, weight, c
+    return (out, jnp.ones_like(weight), c + jnp.log(weight)) if lse else (out, weight, c)
 
 
 def _softmax_backward(how, q, k, v, g, y, delta, total):
-    if how.softmax != "triton":
-        return gpu_softmax.cudnn_backward(q, k, v, g, y, total, pad=how.softmax == "cudnn")
+    if _on_cudnn(how, q):
+        return gpu_softmax.cudnn_backward(q, k, v, g, y, total)
     return gpu_softmax.backward(q, k, v, g, delta, total, how.sizes, how.interpret)
+
+
+def _on_cudnn(how, q) -> bool:
+    """cuDNN has no backward for queries in odd number."""
+    return how.softmax == "cudnn" and q.shape[1] % 2 == 0
 
 
 # The linear part
@@ -197,32 +204,34 @@ def linear_part(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_part(how, q, k, v, phi):
-    return _linear_sums(how, q, k, v, phi)[0]
+    return _linear_sums(how, q, k, v, phi, keep_features=False)[0]
 
 
-def _linear_sums(how, q, k, v, phi):
-    sums = _state(how, k, v, phi)
-    return gpu_linear.read(q, None, _weights(phi, "q", q), _parts(sums, q), *_rest(how), divide=False), sums
+def _linear_sums(how, q, k, v, phi, keep_features):
+    sums, of_keys = _state(how, k, v, phi, keep_features)
+    weights, rounded, rest = _weights(phi, "q", q), _rounded(sums, q), _rest(how)
+    *out, of_queries = gpu_linear.read(q, None, weights, rounded, *rest, divide=False, keep_features=keep_features)
+    return tuple(out), sums, (of_queries, of_keys)
 
 
 def _linear_forward(how, q, k, v, phi):
     inputs = () if any(x.perturbed for x in (q, k, v)) else None  # as structure: residuals are arrays
     q, k, v, phi = q.value, k.value, v.value, jax.tree.map(lambda x: x.value, phi)
-    out, sums = _linear_sums(how, q, k, v, phi)
-    return out, (q, k, v, phi, sums, inputs)
+    out, sums, features = _linear_sums(how, q, k, v, phi, keep_features=True)
+    return out, (q, k, v, phi, sums, features, inputs)
 
 
 def _linear_part_backward(how, residuals, cotangents):
-    q, k, v, phi, sums, inputs = residuals
+    q, k, v, phi, sums, features, inputs = residuals
     dn, dl = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents)
-    dphi, (dq, dk, dv) = _linear_backward(how, q, k, v, phi, sums, dn.astype(q.dtype), dl, inputs is not None)
+    dphi, (dq, dk, dv) = _linear_backward(how, q, k, v, phi, sums, features, dn.astype(q.dtype), dl, inputs is not None)
     return dq, dk, dv, dphi
 
 
 _linear_part.defvjp(_linear_forward, _linear_part_backward, symbolic_zeros=True)
 
 
-def _linear_backward(how, q, k, v, phi, sums, dn, dl, inputs: bool):
+def _linear_backward(how, q, k, v, phi, sums, features, dn, dl, inputs: bool):
     """Gradients of the linear part's sums: (in phi, (in q, k and v; None unless `inputs`)).
 
     Args:
@@ -232,28 +241,30 @@ def _linear_backward(how, q, k, v, phi, sums, dn, dl, inputs: bool):
         v: values.
         phi: parameters of both maps.
         sums: state and normaliser, float32.
+        features: of queries and keys, as the forward kernels kept them.
         dn: cotangent of the numerator [b, n, h, d], in the dtype of `q`.
         dl: of the denominator [b, h, n], float32.
         inputs: whether gradients in q, k and v are asked for.
     """
     rest, keys = _rest(how), _keys_map(how.spec)
     weights_q, weights_k = _weights(phi, "q", q), _weights(phi, keys, k)
-    state, normaliser = sums
-    dy_q, dstate, dnormaliser = gpu_linear_backward.query(
-        q, dn, dl, weights_q, (state.astype(q.dtype), normaliser), *rest
-    )
-    dstate, dnormaliser = how.total((dstate, dnormaliser))
-    dsums = dstate.astype(k.dtype), dnormaliser
-    dy_k, dv = gpu_linear_backward.key(k, v, _keep(how, k), weights_k, dsums, *rest, values=inputs)
-    dphi = jax.tree.map(jnp.zeros_like, phi)
+    dy_q, *dsums = gpu_linear_backward.query(features[0], dn, dl, _rounded(sums, q), *rest)
+    dsums = _rounded(how.total(tuple(dsums)), k)
+    dy_k, dv = gpu_linear_backward.key(features[1], v, _keep(how, k), dsums, *rest, values=inputs)
+    dphi, dx = jax.tree.map(jnp.zeros_like, phi), []
     for name, x, dy, weights in (("q", q, dy_q, weights_q), (keys, k, dy_k, weights_k)):
-        found = gpu_linear_backward.parameters(x, dy, weights, *rest)
+        found, into = _map_backward(how, x, dy, weights, inputs)
         dphi[name] = jax.tree.map(jnp.add, dphi[name], _unpadded(found, phi[name]))
-    if not inputs:
-        return dphi, (None, None, None)
-    dq = gpu_linear_backward.inputs(q, dy_q, weights_q, *rest)
-    dk = gpu_linear_backward.inputs(k, dy_k, weights_k, *rest)
-    return dphi, (dq, dk, dv)
+        dx.append(into)
+    return dphi, (*dx, dv)
+
+
+def _map_backward(how, x, dy, weights, inputs):
+    """Gradients of one map: (in w0, b0, w1 and b1 as `gpu_phi.operands` has them, in x or None)."""
+    h, da, dx = gpu_linear_backward.hidden(x, dy, weights, *_rest(how), inputs=inputs)
+    dw0, dw1 = (gpu_linear_backward.products(*of, x.shape[3], how.sizes, how.interpret) for of in ((x, da), (h, dy)))
+    db0, db1 = (z.sum(axis=(0, 2), dtype=jnp.float32) for z in (da, dy))
+    return (dw0, db0, dw1, db1), dx
 
 
 def _unpadded(gradients, phi) -> dict[str, Array]:
@@ -262,8 +273,12 @@ def _unpadded(gradients, phi) -> dict[str, Array]:
     return {name: named[name][tuple(map(slice, x.shape))].astype(x.dtype) for name, x in phi.items()}
 
 
-def _state(how, k, v, phi):
-    return how.total(gpu_linear.state(k, v, _keep(how, k), _weights(phi, _keys_map(how.spec), k), *_rest(how)))
+def _state(how, k, v, phi, keep_features):
+    """(state and normaliser over all tokens, features of the keys at hand or None)."""
+    *sums, features = gpu_linear.state(
+        k, v, _keep(how, k), _weights(phi, _keys_map(how.spec), k), *_rest(how), keep_features=keep_features
+    )
+    return how.total(tuple(sums)), features
 
 
 def _keep(how, k) -> Array:
@@ -280,8 +295,8 @@ def _weights(phi, name, x):
     return gpu_phi.operands(phi[name], x.dtype)
 
 
-def _parts(sums, q):
-    return gpu_linear.in_parts(sums, q.dtype)
+def _rounded(sums, x) -> gpu_linear.State:
+    return sums[0].astype(x.dtype), sums[1]
 
 
 def _rest(how):

@@ -1,22 +1,23 @@
-"""Gradient of the linear part on a GPU: four Pallas kernels on Triton that compute φ anew.
+"""Gradient of the linear part on a GPU: four Pallas kernels on Triton, which read the features that the forward kept.
 
 With n_i = φ_q(q_i) S and l_i = φ_q(q_i)·z, the numerator and denominator of the linear part, and their cotangents:
 
     dφ_q(q_i) = dn_i Sᵀ + dl_i z                  dS = Σ_i φ_q(q_i)ᵀ dn_i,  dz = Σ_i dl_i φ_q(q_i)        `query`
     dφ_k(k_j) = v_j dSᵀ + dz                      dv_j = φ_k(k_j) dS           for j in L                 `key`
 
-Both write the cotangent dy of φ's pre-activations (in 16 bits, [b, h, n, f]). With the map x -> gelu(a) w1 + b1 where
+Both write the cotangent dy of φ's pre-activations (in 16 bits, [b, h, m, f]). With the map x -> gelu(a) w1 + b1 where
 a = x w0 + b0 and h = gelu(a), there follow from it
 
-    dw1 = hᵀ dy,  da = (dy w1ᵀ) gelu'(a),  dw0 = xᵀ da, and column sums for the biases                   `parameters`
-    dx = da w0ᵀ                                                                                           `inputs`
+    da = (dy w1ᵀ) gelu'(a),  dx = da w0ᵀ          of every token, with h                                  `hidden`
+    dw1 = Σ_i h_iᵀ dy_i,  dw0 = Σ_i x_iᵀ da_i                                                             `products`
 
-(b1's by XLA). Distillation needs no `inputs`. Sums over tokens are taken by several programs and added in fixed order.
+and column sums for the biases, by XLA. Distillation needs no dx. Sums over tokens are taken by several programs and
+added in fixed order.
 
-Floor, multiply-adds a token and head at D = 128, F = hidden = 256: `query` 196,608 (the first layer once per power),
-`key` 131,072 and 32,768 more for dv, `parameters` 196,608 for each map, `inputs` 131,072 for each: 0.57 TFLOP for
-stage 1 and 0.8 for stage 3 with 32,760 tokens and 12 heads, 0.7 and 1.0 ms at 780 TFLOP/s. Memory: dy, 0.2 GB, is
-written once and read (hidden / chunk) times, mostly from the L2 cache if programs of one chunk run side by side.
+Floor, multiply-adds a token and head at D = 128, F = hidden = 256: `query` 65,536, `key` 32,768 and as many for dv,
+`hidden` 98,304 and 32,768 for dx, `products` 98,304; the latter two for both maps. That is 0.38 TFLOP for stage 1 and
+0.46 for stage 3 with 32,760 tokens and 12 heads, 0.5 and 0.6 ms at 780 TFLOP/s. Memory: features, dy, h and da, 0.2 GB
+each and map, are written once and read once or twice, 2.6 GB with q, k, v and dn: 0.6 ms at 4.3 TB/s.
 """
 
 import functools
@@ -28,37 +29,33 @@ from jax.experimental import pallas as pl
 from hybrid_dit.array_typing import Array, Float
 from hybrid_dit.ops.kernels import gpu_phi
 from hybrid_dit.ops.kernels import gpu_tiles as tiles
-from hybrid_dit.ops.kernels.gpu_linear import Weights, power_out_spec, power_spec
+from hybrid_dit.ops.kernels.gpu_linear import Weights, power_features_spec, power_out_spec
 from hybrid_dit.ops.kernels.gpu_tiles import Tiles, dot
 from hybrid_dit.ops.spec import FeatureMapSpec
 
 
 def query(
-    q: Float[Array, "b n h d"],
+    features: Float[Array, "b h m f"],
     dn: Float[Array, "b n h d"],
     dl: Float[Array, "b h n"],
-    weights: Weights,
     sums: tuple[Float[Array, "b h f d"], Float[Array, "b h f"]],
     spec: FeatureMapSpec,
     sizes: Tiles,
     interpret: bool,
 ) -> tuple[Float[Array, "b h m f"], Float[Array, "b h f d"], Float[Array, "b h f"]]:
-    """(dy of φ_q with rows padded to m, dS, dz), the latter two float32.
+    """(dy of φ_q, dS, dz), the latter two float32.
 
     Args:
-        q: queries.
-        dn: cotangent of the numerator, in the dtype of `q`.
+        features: what `gpu_linear.read` kept.
+        dn: cotangent of the numerator, in the dtype of the queries.
         dl: of the denominator, float32.
-        weights: of φ_q.
-        sums: state S and normaliser z, in the dtype of `q` and float32.
+        sums: state S and normaliser z, in the dtype of the queries and float32.
         spec: of φ.
         sizes: of tiles.
         interpret: run on any platform, slowly.
     """
-    (b, n, heads, d), tile, degree = q.shape, sizes.query, spec.degree
-    padded = pl.cdiv(n, tiles.LONGEST) * tiles.LONGEST
-    share, each = tiles.splits(sizes.programs, b * heads * degree, padded // tile.rows)
-    w0, b0, w1, b1 = weights
+    (b, _, heads, d), tile, degree = dn.shape, sizes.query, spec.degree
+    share, each = tiles.splits(sizes.programs, b * heads * degree, features.shape[2] // tile.rows)
     shapes = [jax.ShapeDtypeStruct((share, b, heads, degree * d, w), jnp.float32) for w in (d, tiles.COLUMNS)]
 
     def of_power(x, axis):  # the part of one power of [b, h, ...]
@@ -67,44 +64,35 @@ def query(
         index = lambda i, h, b: (b, h, *(jax.lax.rem(i, degree) if j == axis else 0 for j in range(2, x.ndim)))  # noqa: E731
         return pl.BlockSpec(tuple(block), index)
 
-    dy = jax.ShapeDtypeStruct((b, heads, padded, degree * d), q.dtype)
     dy, state, normaliser = pl.pallas_call(
-        functools.partial(_query_kernel, phi=gpu_phi.make(spec, q.dtype, interpret), tile=tile, each=each),
+        functools.partial(_query_kernel, phi=gpu_phi.make(spec, dn.dtype, interpret), tile=tile, each=each),
         grid=(degree * share, heads, b),
         in_specs=[
-            *(tiles.tokens_spec(q), tiles.tokens_spec(dn), tiles.vector_spec(dl)),
-            *(tiles.head_spec(w0), tiles.head_spec(b0), power_spec(w1, d, degree), power_spec(b1, d, degree)),
+            *(power_features_spec(dn, degree), tiles.tokens_spec(dn), tiles.vector_spec(dl)),
             *(of_power(sums[0], 2), of_power(sums[1], 2)),
         ],
-        out_specs=[
-            pl.BlockSpec((None, None, padded, d), lambda i, h, b: (b, h, 0, jax.lax.rem(i, degree))),
-            *(power_out_spec(x, d, degree) for x in shapes),
-        ],
-        out_shape=[dy, *shapes],
+        out_specs=[power_features_spec(dn, degree), *(power_out_spec(x, d, degree) for x in shapes)],
+        out_shape=[jax.ShapeDtypeStruct(features.shape, features.dtype), *shapes],
         compiler_params=tiles.params(tile),
         interpret=interpret,
         name="hybrid_query_backward",
-    )(q, dn, dl, *weights, *sums)
+    )(features, dn, dl, *sums)
     return dy, state.sum(axis=0), normaliser.sum(axis=(0, -1))
 
 
-def _query_kernel(
-    q_ref, dn_ref, dl_ref, w0, b0, w1, b1, s_ref, z_ref, dy_ref, state_ref, normaliser_ref, *, phi, tile, each
-):
+def _query_kernel(kept_ref, dn_ref, dl_ref, s_ref, z_ref, dy_ref, state_ref, normaliser_ref, *, phi, tile, each):
     power, first = jax.lax.rem(pl.program_id(0), phi.spec.degree), jax.lax.div(pl.program_id(0), phi.spec.degree) * each
-    d = q_ref.shape[1]
+    d = dn_ref.shape[1]
     s, z = s_ref[...], z_ref[...]
 
     def step(t, sums):
         start = (first + t) * tile.rows
-        q, dn = (tiles.rows(x, start, tile.rows) for x in (q_ref, dn_ref))
-        dl = tiles.rows(dl_ref, start, tile.rows)
-        (y,) = phi.pre_activations(q, (w0, b0, w1, b1), tile.chunk)
-        features, slope = phi.features_and_slope(y, power)
-        features = features.astype(q.dtype).T
+        kept, dn, dl = (tiles.rows(x, start, tile.rows) for x in (kept_ref, dn_ref, dl_ref))
+        features, slope = phi.features_and_slope(kept.astype(jnp.float32), power)
+        features = features.astype(dn.dtype).T
         dy = (dot(dn, s.T) + dl[:, None] * z[None]) * slope
         tiles.store_rows(dy_ref, start, dy)
-        parts = tiles.columns(*tiles.two_parts(dl, q.dtype)).astype(q.dtype)
+        parts = tiles.columns(*tiles.two_parts(dl, dn.dtype)).astype(dn.dtype)
         return sums[0] + dot(features, dn), sums[1] + dot(features, parts)
 
     zeros = jnp.zeros((d, d), jnp.float32), jnp.zeros((d, tiles.COLUMNS), jnp.float32)
@@ -112,10 +100,9 @@ def _query_kernel(
 
 
 def key(
-    k: Float[Array, "b n h d"],
+    features: Float[Array, "b h m f"],
     v: Float[Array, "b n h d"],
     keep: Float[Array, "n"],
-    weights: Weights,
     sums: tuple[Float[Array, "b h f d"], Float[Array, "b h f"]],
     spec: FeatureMapSpec,
     sizes: Tiles,
@@ -125,165 +112,163 @@ def key(
     """(dy of φ_k, dv or None); zero for keys that `keep` leaves out.
 
     Args:
-        k: keys.
+        features: what `gpu_linear.state` kept.
         v: values.
         keep: 1.0 for the keys of L, 0.0 for others.
-        weights: of φ_k.
-        sums: dS in the dtype of `k` and dz in float32, from `query`.
+        sums: dS in the dtype of `v` and dz in float32, from `query`.
         spec: of φ.
         sizes: of tiles.
         interpret: run on any platform, slowly.
         values: whether dv is asked for.
     """
-    (b, n, heads, d), tile = k.shape, sizes.key
-    padded = pl.cdiv(n, tiles.LONGEST) * tiles.LONGEST
-    dy = jax.ShapeDtypeStruct((b, heads, padded, spec.degree * d), k.dtype)
-    outs = [dy, jax.ShapeDtypeStruct(v.shape, v.dtype)][: 2 if values else 1]
-    outs = pl.pallas_call(
-        functools.partial(_key_kernel, phi=gpu_phi.make(spec, k.dtype, interpret), tile=tile),
-        grid=(padded // tile.rows, heads, b),
+    (b, n, heads, _), tile = v.shape, sizes.key
+    shapes = [jax.ShapeDtypeStruct(x.shape, v.dtype) for x in (features, v)[: 2 if values else 1]]
+    dy, *dv = pl.pallas_call(
+        functools.partial(_key_kernel, phi=gpu_phi.make(spec, v.dtype, interpret), tile=tile),
+        grid=(features.shape[2] // tile.rows, heads, b),
         in_specs=[
-            *(tiles.tokens_spec(k), tiles.tokens_spec(v), pl.BlockSpec((n,), lambda i, h, b: (0,))),
-            tuple(tiles.head_spec(x) for x in weights),
+            *(tiles.vector_spec(features), tiles.tokens_spec(v), pl.BlockSpec((n,), lambda i, h, b: (0,))),
             *(tiles.vector_spec(x) for x in sums),
         ],
-        out_specs=[tiles.vector_spec(dy), tiles.tokens_spec(v)][: len(outs)],
-        out_shape=outs,
+        out_specs=[tiles.vector_spec(features), tiles.tokens_spec(v)][: len(shapes)],
+        out_shape=shapes,
         compiler_params=tiles.params(tile),
         interpret=interpret,
         name="hybrid_key_backward",
-    )(k, v, keep, weights, *sums)
-    return outs[0], outs[1] if values else None
+    )(features, v, keep, *sums)
+    return dy, dv[0] if values else None
 
 
-def _key_kernel(k_ref, v_ref, keep_ref, weights, s_ref, z_ref, dy_ref, dv_ref=None, *, phi, tile):
+def _key_kernel(kept_ref, v_ref, keep_ref, s_ref, z_ref, dy_ref, dv_ref=None, *, phi, tile):
     start = pl.program_id(0) * tile.rows
-    k, v = (tiles.rows(x, start, tile.rows) for x in (k_ref, v_ref))
-    keep = tiles.rows(keep_ref, start, tile.rows)[:, None] > 0
+    v, keep = tiles.rows(v_ref, start, tile.rows), tiles.rows(keep_ref, start, tile.rows)[:, None] > 0
     dv = jnp.zeros(v.shape, jnp.float32)
-    for power, of_power, y in phi.each_power(k, weights, tile):
+    for power, of_power in enumerate(tiles.slices(v.shape[1], kept_ref.shape[1])):
         s, z = s_ref[of_power, :], z_ref[of_power]
-        features, slope = phi.features_and_slope(y, power)
+        kept = kept_ref[pl.ds(start, tile.rows), of_power].astype(jnp.float32)
+        features, slope = phi.features_and_slope(kept, power)
         dy = jnp.where(keep, (dot(v, s.T) + z[None]) * slope, 0.0)
-        dy_ref[pl.ds(start, tile.rows), of_power] = dy.astype(k.dtype)
+        dy_ref[pl.ds(start, tile.rows), of_power] = dy.astype(v.dtype)
         if dv_ref is not None:
-            dv += dot(features.astype(k.dtype), s)
+            dv += dot(features.astype(v.dtype), s)
     if dv_ref is not None:
         tiles.store_rows(dv_ref, start, jnp.where(keep, dv, 0.0))
 
 
-def parameters(
+def hidden(
     x: Float[Array, "b n h d"],
     dy: Float[Array, "b h m f"],
     weights: Weights,
     spec: FeatureMapSpec,
     sizes: Tiles,
     interpret: bool,
-) -> tuple[Array, Array, Array, Array]:
-    """Gradients of w0 [h, d, hidden], b0 [h, hidden], w1 [h, hidden, f], b1 [h, f], float32; hidden as in `weights`."""
-    (b, _, heads, d), tile, f = x.shape, sizes.weights, dy.shape[-1]
-    w0, b0, w1, _ = weights
-    hidden, chunk = w0.shape[-1], tile.chunk
-    chunks = hidden // chunk
-    share, each = tiles.splits(sizes.programs, b * heads * chunks, dy.shape[2] // tile.rows)
+    inputs: bool,
+) -> tuple[Float[Array, "b h m u"], Float[Array, "b h m u"], Float[Array, "b n h d"] | None]:
+    """(h, da, dx or None) of one map, in the dtype of `x`.
 
-    def chunk_of(i):
-        return jax.lax.rem(i, chunks)
-
-    def out_spec(x):  # the columns of [programs, b, h, ..., hidden] that a program's chunk makes
-        block = (None, None, None, *x.shape[3:-1], chunk)
-        middle = (0,) * (len(x.shape) - 4)
-        return pl.BlockSpec(block, lambda i, h, b: (jax.lax.div(i, chunks), b, h, *middle, chunk_of(i)))
-
-    sums = [jax.ShapeDtypeStruct((share, b, heads, *x), jnp.float32) for x in ((d, hidden), (hidden,), (f, hidden))]
-    phi = gpu_phi.make(spec, x.dtype, interpret)
-    outs = pl.pallas_call(
-        functools.partial(_parameters_kernel, phi=phi, tile=tile, each=each, chunks=chunks),
-        grid=(chunks * share, heads, b),
-        in_specs=[
-            *(tiles.tokens_spec(x), tiles.vector_spec(dy)),
-            pl.BlockSpec((None, d, chunk), lambda i, h, b: (h, 0, chunk_of(i))),
-            pl.BlockSpec((None, chunk), lambda i, h, b: (h, chunk_of(i))),
-            pl.BlockSpec((None, chunk, f), lambda i, h, b: (h, chunk_of(i), 0)),
-        ],
-        out_specs=[out_spec(x) for x in sums],
-        out_shape=sums,
-        compiler_params=tiles.params(tile),
-        interpret=interpret,
-        name="hybrid_parameters_backward",
-    )(x, dy, w0, b0, w1)
-    dw0, db0, dw1 = (o.sum(axis=(0, 1)) for o in outs)
-    # Another look at dy takes as long as this sum would in every program, each of which has all of dy.
-    return dw0, db0, dw1.swapaxes(1, 2), dy.sum(axis=(0, 2), dtype=jnp.float32)
-
-
-def _parameters_kernel(x_ref, dy_ref, w0_ref, b0_ref, w1_ref, dw0_ref, db0_ref, dw1_ref, *, phi, tile, each, chunks):
-    d, slices = x_ref.shape[1], dy_ref.shape[1] // x_ref.shape[1]
-    parts = [pl.ds(s * d, d) for s in range(slices)]
-    first = jax.lax.div(pl.program_id(0), chunks) * each
-    w0, b0, w1 = w0_ref[...], b0_ref[...], [w1_ref[:, part] for part in parts]
-
-    def step(t, sums):
-        dw0, db0, dw1 = sums
-        start = (first + t) * tile.rows
-        x = tiles.rows(x_ref, start, tile.rows)
-        dys = [tiles.rows(dy_ref, start, tile.rows, part) for part in parts]
-        h, slope = phi.gelu_and_slope(dot(x, w0) + b0[None])
-        h = h.astype(x.dtype)
-        da = sum(dot(dy, w.T) for dy, w in zip(dys, w1)) * slope
-        # dw1 transposed: the matrix unit's first operand has at least 64 rows, and a chunk may have 32.
-        dw1 = tuple(dw + dot(dy.T, h) for dw, dy in zip(dw1, dys))
-        return dw0 + dot(x.T, da.astype(x.dtype)), db0 + da.sum(axis=0), dw1
-
-    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-    sums = (
-        zeros((d, tile.chunk)),
-        zeros((tile.chunk,)),
-        (zeros((d, tile.chunk)),) * slices,
-    )
-    dw0_ref[...], db0_ref[...], dw1 = jax.lax.fori_loop(0, each, step, sums)
-    for part, dw in zip(parts, dw1):
-        dw1_ref[part, :] = dw
-
-
-def inputs(
-    x: Float[Array, "b n h d"],
-    dy: Float[Array, "b h m f"],
-    weights: Weights,
-    spec: FeatureMapSpec,
-    sizes: Tiles,
-    interpret: bool,
-) -> Float[Array, "b n h d"]:
-    """Gradient in what φ is applied to, in the dtype of `x`."""
-    (b, n, heads, _), tile = x.shape, sizes.inputs
-    return pl.pallas_call(
-        functools.partial(_inputs_kernel, phi=gpu_phi.make(spec, x.dtype, interpret), tile=tile),
-        grid=(pl.cdiv(n, tile.rows), heads, b),
+    Args:
+        x: what φ is applied to.
+        dy: cotangent of its pre-activations, 0 in the rows past those of `x`.
+        weights: of the map.
+        spec: of φ.
+        sizes: of tiles.
+        interpret: run on any platform, slowly.
+        inputs: whether dx is asked for.
+    """
+    (b, _, heads, _), tile = x.shape, sizes.hidden
+    units = jax.ShapeDtypeStruct((*dy.shape[:3], weights[0].shape[-1]), x.dtype)
+    shapes = [units, units, *[jax.ShapeDtypeStruct(x.shape, x.dtype)] * inputs]
+    h, da, *dx = pl.pallas_call(
+        functools.partial(_hidden_kernel, phi=gpu_phi.make(spec, x.dtype, interpret), tile=tile),
+        grid=(dy.shape[2] // tile.rows, heads, b),
         in_specs=[
             *(tiles.tokens_spec(x), tiles.vector_spec(dy)),
             *(tiles.head_spec(w) for w in weights[:3]),
         ],
-        out_specs=tiles.tokens_spec(x),
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        out_specs=[tiles.vector_spec(units), tiles.vector_spec(units), tiles.tokens_spec(x)][: len(shapes)],
+        out_shape=shapes,
         compiler_params=tiles.params(tile),
         interpret=interpret,
-        name="hybrid_inputs_backward",
+        name="hybrid_hidden_backward",
     )(x, dy, *weights[:3])
+    return h, da, dx[0] if inputs else None
 
 
-def _inputs_kernel(x_ref, dy_ref, w0_ref, b0_ref, w1_ref, dx_ref, *, phi, tile):
-    d = x_ref.shape[1]
+def _hidden_kernel(x_ref, dy_ref, w0_ref, b0_ref, w1_ref, h_ref, da_ref, dx_ref=None, *, phi, tile):
     start = pl.program_id(0) * tile.rows
+    here, parts = pl.ds(start, tile.rows), tiles.slices(x_ref.shape[1], dy_ref.shape[1])
     x = tiles.rows(x_ref, start, tile.rows)
-    parts = [pl.ds(s * d, d) for s in range(dy_ref.shape[1] // d)]
-    dys = [tiles.rows(dy_ref, start, tile.rows, part) for part in parts]
+    dys = [dy_ref[here, part] for part in parts]
 
     def step(j, dx):
-        hidden = pl.ds(j * tile.chunk, tile.chunk)
-        w0 = w0_ref[:, hidden]
-        _, slope = phi.gelu_and_slope(dot(x, w0) + b0_ref[hidden][None])
-        da = sum(dot(dy, w1_ref[hidden, part].T) for dy, part in zip(dys, parts)) * slope
-        return dx + dot(da.astype(x.dtype), w0.T)
+        units = pl.ds(j * tile.chunk, tile.chunk)
+        w0 = w0_ref[:, units]
+        h, slope = phi.gelu_and_slope(dot(x, w0) + b0_ref[units][None])
+        da = (sum(dot(dy, w1_ref[units, part].T) for dy, part in zip(dys, parts)) * slope).astype(x.dtype)
+        h_ref[here, units], da_ref[here, units] = h.astype(x.dtype), da
+        return dx if dx_ref is None else dx + dot(da, w0.T)
 
-    dx = jax.lax.fori_loop(0, w0_ref.shape[1] // tile.chunk, step, jnp.zeros(x.shape, jnp.float32))
-    tiles.store_rows(dx_ref, start, dx)
+    zero = 0 if dx_ref is None else jnp.zeros(x.shape, jnp.float32)
+    dx = jax.lax.fori_loop(0, w0_ref.shape[1] // tile.chunk, step, zero)
+    if dx_ref is not None:
+        tiles.store_rows(dx_ref, start, dx)
+
+
+def products(
+    x: Float[Array, "b _ _ u"],
+    y: Float[Array, "b h m f"],
+    d: int,
+    sizes: Tiles,
+    interpret: bool,
+) -> Float[Array, "h u f"]:
+    """Σ_i x_iᵀ y_i over tokens and videos, float32, for every head.
+
+    Args:
+        x: one side, [b, h, m, u] as `y`, or [b, n, h, d] as inputs have it; then tokens may be fewer than m.
+        y: the other.
+        d: width of a head; the last axes are multiples.
+        sizes: of tiles.
+        interpret: run on any platform, slowly.
+    """
+    (b, heads, m, f), tile = y.shape, sizes.products
+    in_rows = x.shape[:3] != y.shape[:3]
+    left, right = x.shape[3] // d, f // d
+    wide = 2 - right % 2  # slices of y that a program takes: as many as accumulators fit registers
+    groups = right // wide
+    share, each = tiles.splits(sizes.programs, b * heads * left * groups, m // tile.rows)
+
+    def split(i):  # (which programs, slice of x, slices of y); those that read the same tokens run side by side
+        rest = jax.lax.div(i, left)
+        return jax.lax.div(rest, groups), jax.lax.rem(i, left), jax.lax.rem(rest, groups)
+
+    if in_rows:
+        x_spec = pl.BlockSpec((None, x.shape[1], None, d), lambda i, h, b: (b, 0, h, split(i)[1]))
+    else:
+        x_spec = pl.BlockSpec((None, None, m, d), lambda i, h, b: (b, h, 0, split(i)[1]))
+    shape = jax.ShapeDtypeStruct((share, b, heads, left * d, f), jnp.float32)
+    out = pl.pallas_call(
+        functools.partial(_products_kernel, tile=tile, each=each, programs=left * groups),
+        grid=(left * groups * share, heads, b),
+        in_specs=[x_spec, pl.BlockSpec((None, None, m, wide * d), lambda i, h, b: (b, h, 0, split(i)[2]))],
+        out_specs=pl.BlockSpec((None, None, None, d, wide * d), lambda i, h, b: (split(i)[0], b, h, *split(i)[1:])),
+        out_shape=shape,
+        compiler_params=tiles.params(tile),
+        interpret=interpret,
+        name="hybrid_products_backward",
+    )(x, y)
+    return out.sum(axis=(0, 1))
+
+
+def _products_kernel(x_ref, y_ref, out_ref, *, tile, each, programs):
+    first = jax.lax.div(pl.program_id(0), programs) * each
+    d = x_ref.shape[1]
+    parts = tiles.slices(d, y_ref.shape[1])
+
+    def step(t, sums):
+        start = (first + t) * tile.rows
+        x = tiles.rows(x_ref, start, tile.rows).T
+        return tuple(s + dot(x, tiles.rows(y_ref, start, tile.rows, part)) for s, part in zip(sums, parts))
+
+    sums = jax.lax.fori_loop(0, each, step, (jnp.zeros((d, d), jnp.float32),) * len(parts))
+    for part, total in zip(parts, sums):
+        out_ref[:, part] = total

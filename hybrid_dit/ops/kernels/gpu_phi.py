@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from hybrid_dit.array_typing import Array, DTypeLike, PyTree
 from hybrid_dit.ops import feature_maps
-from hybrid_dit.ops.kernels.gpu_tiles import LONGEST, Tile, dot
+from hybrid_dit.ops.kernels.gpu_tiles import LONGEST, Tile, dot, slices
 from hybrid_dit.ops.spec import FeatureMapSpec
 
 LOG2E = math.log2(math.e)
@@ -53,7 +53,7 @@ class Phi:
     Attributes:
         spec: of the map; `fits` it.
         exact: whether for float32 inputs. Otherwise errors of 2^-11 are taken, a quarter of a rounding to bfloat16.
-        ptx: whether in a compiled kernel, where single instructions approximate tanh, powers of 2 and reciprocals.
+        ptx: whether in a compiled kernel, where single instructions approximate tanh, powers of 2 and roots.
     """
 
     spec: FeatureMapSpec
@@ -63,10 +63,6 @@ class Phi:
     def exp2(self, x: Array) -> Array:
         """2^x."""
         return _instruction("ex2.approx.ftz.f32", x) if self.ptx else jnp.exp2(x)
-
-    def reciprocal(self, x: Array) -> Array:
-        """1 / x."""
-        return _instruction("rcp.approx.ftz.f32", x) if self.ptx else 1.0 / x
 
     def _tanh_of_gelu(self, y):
         square = y * y
@@ -87,14 +83,54 @@ class Phi:
 
     def features(self, y: Array, power: int | Array) -> Array:
         """ψ(y) to the power `power` + 1 of pre-activations y; `power` may be a number of the program."""
-        psi = self._activation(y, slope=False)[0]
+        psi = self._activation(y)
         return self._times_power(psi, psi, power)
 
-    def features_and_slope(self, y: Array, power: int | Array) -> tuple[Array, Array]:
-        """`features` and their derivative in y."""
-        psi, slope = self._activation(y, slope=True)
-        below = self._times_power(jnp.ones_like(psi), psi, power)
-        return below * psi, (power + 1) * below * slope
+    def kept(self, y: Array, features: Array) -> Array:
+        """What the backward pass reads in place of y: the features, where they determine it."""
+        return y if self.spec.activation == "square" else features
+
+    def features_and_slope(self, kept: Array, power: int | Array) -> tuple[Array, Array]:
+        """`features` and their derivative in y, from `kept` in float32; `power` as there."""
+        if self.spec.activation == "square":
+            psi, slope = kept * kept, 2.0 * kept
+            features = self._times_power(psi, psi, power)
+        else:
+            features, psi = kept, self._root(kept, power)
+            slope = self._slope(psi)
+        return features, (power + 1) * self._times_power(jnp.ones_like(psi), psi, power) * slope
+
+    def _root(self, features, power):
+        """ψ, of which `features` are the power `power` + 1."""
+        roots = [features]
+        if self.spec.degree > 1:
+            roots.append(_instruction("sqrt.approx.ftz.f32", features) if self.ptx else jnp.sqrt(features))
+        if self.spec.degree > 2:
+            log2 = _instruction("lg2.approx.ftz.f32", features) if self.ptx else jnp.log2(features)
+            roots.append(self.exp2(log2 * (1.0 / (power + 1))))
+        if isinstance(power, int):
+            return roots[min(power, 2)]
+        psi = roots[0]
+        for i, root in enumerate(roots[1:], start=1):
+            psi = jnp.where(power >= i, root, psi)
+        return psi
+
+    def _slope(self, psi):
+        """ψ'(y) from ψ(y)."""
+        match self.spec.activation:
+            case "softplus":  # 1 − exp(−ψ), of which little is left where ψ is small: then its series, off by ψ⁴ / 120
+                if self.exact:
+                    return -jnp.expm1(-psi)
+                series = psi * (1.0 - psi * (0.5 - psi * (1 / 6 - psi * (1 / 24))))
+                return jnp.where(psi < 0.125, series, 1.0 - self.exp2(-LOG2E * psi))
+            case "relu":
+                return jnp.where(psi > 0, 1.0, 0.0)
+            case "exp":  # constant from y = 12 on, which 16 bits know to 2^-8
+                return jnp.where(psi < math.exp(12.0) * (1 - (2.0**-20 if self.exact else 2.0**-8)), psi, 0.0)
+            case "elu":
+                return jnp.minimum(psi, 1.0)
+            case name:
+                raise NotImplementedError(name)
 
     def _times_power(self, first, psi, power):
         """first · ψ^power, with `power` < P."""
@@ -106,23 +142,20 @@ class Phi:
             first = jnp.where(power >= i, first * psi, first)
         return first
 
-    def _activation(self, y, slope):
-        """(value, derivative or None), as `feature_maps` defines them."""
+    def _activation(self, y):
+        """ψ(y), as `feature_maps` defines it."""
         match self.spec.activation:
             case "softplus":  # with e = exp(−|y|) <= 1: max(y, 0) + log(1 + e)
                 e = self.exp2(-LOG2E * jnp.abs(y))
-                value = jnp.maximum(y, 0.0) + (jnp.log1p(e) if self.exact else e * _polynomial(e, LOG1P))
-                return value, jnp.where(y > 0, 1.0, e) * self.reciprocal(1.0 + e) if slope else None
+                return jnp.maximum(y, 0.0) + (jnp.log1p(e) if self.exact else e * _polynomial(e, LOG1P))
             case "relu":
-                return jnp.maximum(y, 0.0), jnp.where(y > 0, 1.0, 0.0)
+                return jnp.maximum(y, 0.0)
             case "exp":
-                value = self.exp2(LOG2E * jnp.minimum(y, 12.0))
-                return value, jnp.where(y < 12.0, value, 0.0)
+                return self.exp2(LOG2E * jnp.minimum(y, 12.0))
             case "elu":
-                e = self.exp2(LOG2E * jnp.minimum(y, 0.0))
-                return jnp.where(y > 0, y + 1.0, e), e
+                return jnp.where(y > 0, y + 1.0, self.exp2(LOG2E * jnp.minimum(y, 0.0)))
             case "square":
-                return y * y, 2.0 * y
+                return y * y
             case name:
                 raise NotImplementedError(name)
 
@@ -136,7 +169,7 @@ class Phi:
             parts: the columns of w1 to take, a `pl.ds` for each slice; all of them unless given.
         """
         w0, b0, w1, b1 = refs
-        parts = _slices(x, w1) if parts is None else parts
+        parts = slices(x.shape[1], w1.shape[1]) if parts is None else parts
 
         def step(j, ys):
             hidden = pl.ds(j * chunk, chunk)
@@ -149,16 +182,10 @@ class Phi:
 
     def each_power(self, x: Array, refs, tile: Tile):
         """Yields (power, its columns of the features, pre-activations [t, d]) for all powers, ready when asked for."""
-        parts = _slices(x, refs[2])
+        parts = slices(x.shape[1], refs[2].shape[1])
         ys = [] if tile.passes else self.pre_activations(x, refs, tile.chunk, parts)
         for power, part in enumerate(parts):
             yield power, part, self.pre_activations(x, refs, tile.chunk, [part])[0] if tile.passes else ys[power]
-
-
-def _slices(x: Array, w1) -> list:
-    """A `pl.ds` of width d for every power."""
-    d = x.shape[1]
-    return [pl.ds(power * d, d) for power in range(w1.shape[1] // d)]
 
 
 def make(spec: FeatureMapSpec, dtype: DTypeLike, interpret: bool) -> Phi:

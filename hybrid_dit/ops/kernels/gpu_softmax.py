@@ -1,8 +1,7 @@
 """The softmax part of hybrid attention on a GPU: flash attention in Pallas (Triton), or cuDNN's.
 
 Forward: softmax attention o_i over S, the log-sum-exp or maximum c_i, and the weight w_i = Σ_j exp(s_ij − c_i) with
-which o_i enters Eq. 5; cuDNN returns no maximum, so it serves the stabiliser "lse" (w_i = 1), or "max" with
-`ops.row_max` beside it.
+which o_i enters Eq. 5. cuDNN returns no maximum, so it serves the stabiliser "lse" alone (w_i = 1).
 
 Backward: with the total output y_i and the total log-normaliser L_i = c_i + log(w_i + φ_q(q_i)·z), c_i held fixed,
 
@@ -23,12 +22,11 @@ from jax.experimental import pallas as pl
 from jax.extend import core
 
 from hybrid_dit.array_typing import Array, Float
-from hybrid_dit.ops import row_max
 from hybrid_dit.ops.kernels import gpu_tiles as tiles
 from hybrid_dit.ops.kernels.gpu_tiles import Tile, Tiles, dot
 
 LOG2E = math.log2(math.e)
-PADDED = 128  # cuDNN is several times slower for lengths that are no multiple
+PADDED = 128  # keys in odd number, which cuDNN's backward refuses, are padded to a multiple, and masked
 
 
 def forward(
@@ -186,29 +184,23 @@ def _dkv_kernel(q_ref, k_ref, v_ref, g_ref, delta_ref, normaliser_ref, dk_ref, d
 # cuDNN
 
 
-def cudnn_forward(q: Array, k: Array, v: Array, stabiliser: str, pad: bool) -> tuple[Array, Array, Array]:
-    """As `forward`, with c_i the maximum or, for the stabiliser "lse", the log-sum-exp; 16-bit inputs on a GPU.
-
-    `pad` has it take keys padded to a multiple of `PADDED`, and a mask.
-    """
-    out, lse = _cudnn(k.shape[1])(q, *_padded(pad, k, v))
+def cudnn_forward(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """As `forward`, with c_i the log-sum-exp; 16-bit inputs on a GPU."""
+    out, lse = _cudnn(k.shape[1])(q, k, v)
     lse = lse.astype(jnp.float32)
-    if stabiliser == "lse":
-        return out, jnp.ones_like(lse), lse
-    top = jnp.moveaxis(row_max.row_max(q, k), 1, 2)
-    return out, jnp.exp(lse - top), top
+    return out, jnp.ones_like(lse), lse
 
 
 def cudnn_backward(
-    q: Array, k: Array, v: Array, g: Array, y: Array, normaliser: Array, pad: bool
+    q: Array, k: Array, v: Array, g: Array, y: Array, normaliser: Array
 ) -> tuple[Array, Array, Array]:
-    """As `backward`, with the total output y in place of `delta`, which cuDNN computes.
+    """As `backward`, with the total output y in place of `delta`, which cuDNN computes. Queries are even in number.
 
     JAX has no function that takes residuals. So the derivative of `_cudnn` is traced, the call of the forward taken out
     of it, and what that call returned is given instead.
     """
     m = k.shape[1]
-    k, v = _padded(pad, k, v)
+    k, v = (jnp.pad(x, ((0, 0), (0, -m % PADDED if m % 2 else 0), (0, 0), (0, 0))) for x in (k, v))
 
     def derivative(q, k, v, g):
         (_, lse), vjp = jax.vjp(_cudnn(m), q, k, v)
@@ -239,8 +231,3 @@ def _cudnn(m: int):
         return cudnn.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, return_residual=True, **masks)
 
     return attend
-
-
-def _padded(pad: bool, *arrays: Array) -> list[Array]:
-    missing = -arrays[0].shape[1] % PADDED if pad else 0
-    return [jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in arrays]

@@ -23,7 +23,7 @@ class Tile:
         chunk: hidden units, or keys of softmax, that a step of the inner loop takes.
         warps: of 32 threads.
         stages: of the software pipeline that loads what the loop takes next.
-        passes: whether `read` and `key` go over the hidden units once for each power of φ: a quarter more products at
+        passes: whether `read` goes over the hidden units once for each power of φ: a quarter more products at
             P = 2, but half as many accumulators.
     """
 
@@ -43,8 +43,8 @@ class Tiles:
         read: read-out of the state for queries.
         query: backward of the read-out.
         key: backward of the sums over keys.
-        weights: gradient in φ's parameters.
-        inputs: gradient in what φ is applied to.
+        hidden: backward through φ's hidden units.
+        products: gradient in φ's matrices.
         softmax: flash attention.
         softmax_dq: its gradient in queries.
         softmax_dkv: its gradient in keys and values.
@@ -52,14 +52,14 @@ class Tiles:
     """
 
     state: Tile = Tile()
-    read: Tile = Tile()
-    query: Tile = Tile(rows=64)
-    key: Tile = Tile(rows=64)
-    weights: Tile = Tile(rows=64, chunk=32)
-    inputs: Tile = Tile(chunk=32)
+    read: Tile = Tile(chunk=32, stages=3)
+    query: Tile = Tile()
+    key: Tile = Tile()
+    hidden: Tile = Tile()
+    products: Tile = Tile(rows=64, stages=3)
     softmax: Tile = Tile(chunk=128)
-    softmax_dq: Tile = Tile()
-    softmax_dkv: Tile = Tile(chunk=32)
+    softmax_dq: Tile = Tile(rows=64, warps=4)
+    softmax_dkv: Tile = Tile(rows=64, warps=4)
     programs: int = 264
 
 
@@ -73,6 +73,11 @@ def dot(x: Array, y: Array) -> Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = (((1,), (0,)), ((), ()))
     return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def slices(d: int, width: int) -> list:
+    """A `pl.ds` for every `d` of `width` columns."""
+    return [pl.ds(start, d) for start in range(0, width, d)]
 
 
 # Loads and stores. A ref is one head's: [n, d], or a row vector [n].
