@@ -201,11 +201,7 @@ def tune(report, deadline, n: int = 32760) -> Tiles:
             chosen[name] = gpu_tiles.Tile(*best)
     sizes = dataclasses.replace(Tiles(), **chosen)
     first = len(report.rows)
-    jobs = [
-        job(name, dataclasses.replace(sizes, programs=p), programs=p)
-        for p in candidates.PROGRAMS
-        for name in ("state", "query", "products")
-    ]
+    jobs = [job("products", dataclasses.replace(sizes, programs=p), programs=p) for p in candidates.PROGRAMS]
     time_all(jobs, report, deadline, rate)
     totals = {}
     for row in report.rows[first:]:
@@ -237,7 +233,7 @@ def stage1(report, deadline, sizes, n: int = 32760) -> None:
 
 
 def sweep(report, deadline, sizes, backends, tokens, rates) -> None:
-    """Attention against softmax by cuDNN; plain XLA, which is slow, for the last number of tokens only."""
+    """Attention against softmax by cuDNN; plain XLA, which is slow, for the last of `tokens` and first of `rates`."""
     for n in tokens:
         (q, k, v), phi, g = make_inputs(n)
         shape = cost.wan_1_3b(n)
@@ -266,7 +262,7 @@ def sweep(report, deadline, sizes, backends, tokens, rates) -> None:
         time_all(list(jobs_of(plain, labels)), report, deadline, extra)
         for name in (*(f"gpu {x}" for x in backends), *["xla"] * (n == tokens[-1])):
             jobs = []
-            for rate in rates:
+            for rate in rates if name != "xla" else rates[:1]:
                 for stabiliser in ("max", "lse"):
                     spec = AttentionSpec("hybrid", rate, stabiliser=stabiliser)
                     run = partial(hybrid.attention, spec=spec, grid=(1, 1, n), backend="xla")

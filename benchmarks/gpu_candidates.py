@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from hybrid_dit.ops.kernels import gpu_linear, gpu_linear_backward, gpu_softmax
+from hybrid_dit.ops.kernels import gpu_linear, gpu_linear_backward, gpu_products, gpu_softmax
 from hybrid_dit.ops.kernels.gpu_tiles import LONGEST, Tile, Tiles
 from hybrid_dit.ops.spec import FeatureMapSpec
 
@@ -16,30 +16,20 @@ T, passes = Tile, partial(Tile, passes=True)
 
 # Of those that fit shared memory by `triton_aot.py`; spills outside loops cost little.
 CANDIDATES = {
-    "state": [
-        *(T(128, 64, 8, 2), T(128, 32, 8, 3), T(128, 64, 8, 1), T(128, 128, 8, 1)),
-        *(T(64, 64, 4, 2), T(64, 32, 4, 3)),
-    ],
-    "read": [
-        *(T(128, 64, 8, 2), T(128, 32, 8, 3), T(128, 32, 8, 4), T(64, 32, 4, 3), T(64, 64, 4, 2)),
-        *(passes(128, 64, 8, 2), passes(64, 64, 4, 2), passes(64, 32, 4, 3)),
-    ],
-    "query": [T(128, 64, 8, 2), T(64, 64, 4, 2), T(64, 64, 4, 3), T(64, 64, 8, 2), T(64, 64, 8, 3)],
-    "key": [T(128, 64, 8, 2), T(64, 64, 4, 2), T(64, 64, 8, 2)],
+    "features": [T(128, 64, 8, 2), T(128, 64, 8, 1), T(64, 64, 4, 2), T(64, 32, 4, 2), T(64, 64, 4, 1)],
+    "read": [T(128, 64, 8, 2), T(64, 64, 4, 2), T(64, 64, 4, 1), T(64, 32, 4, 2), passes(64, 64, 4, 2)],
+    "products": [T(64, 64, 8, 3), T(64, 64, 8, 4), T(32, 64, 8, 4)],
+    "pre_activations": [T(64, 64, 4, 2), T(64, 64, 8, 2), T(128, 64, 8, 2)],
     "hidden": [
-        *(T(128, 64, 8, 2), T(128, 32, 8, 3), T(128, 32, 8, 2), T(128, 128, 8, 1)),
-        *(T(64, 64, 4, 2), T(64, 32, 4, 2), T(64, 32, 4, 3), T(64, 64, 8, 2)),
+        *(T(128, 128, 8, 1), T(128, 64, 8, 2), T(128, 64, 8, 1)),
+        *(T(64, 64, 4, 1), T(64, 32, 4, 1), T(64, 32, 4, 2)),
     ],
-    "products": [T(64, 64, 8, 3), T(64, 64, 8, 4), T(128, 64, 8, 2), T(32, 64, 8, 4), T(64, 64, 8, 2)],
-    "softmax": [
-        *(T(128, 128, 8, 2), T(128, 128, 8, 3), T(128, 64, 8, 3), T(128, 64, 8, 4)),
-        *(T(64, 64, 4, 3), T(64, 32, 4, 4), T(64, 64, 4, 4)),
-    ],
-    "softmax_dq": [T(128, 64, 8, 3), T(128, 32, 8, 3), T(64, 64, 4, 2)],
-    "softmax_dkv": [T(128, 32, 8, 3), T(128, 64, 8, 2), T(64, 64, 4, 2), T(64, 32, 4, 3)],
+    "softmax": [T(128, 128, 8, 2), T(128, 128, 8, 3), T(64, 64, 4, 3)],
+    "softmax_dq": [T(128, 64, 8, 3), T(64, 64, 4, 2)],
+    "softmax_dkv": [T(64, 64, 4, 2), T(64, 32, 4, 3)],
 }
-BOTH = "state", "read", "key", "hidden"
-PROGRAMS = (132, 264, 396, 528, 1056)
+BOTH = "read", "pre_activations", "hidden"
+PROGRAMS = (132, 264, 396)
 
 
 def shapes(n: int) -> dict:
@@ -65,33 +55,26 @@ def shapes(n: int) -> dict:
 def kernel(name: str, sizes: Tiles, training: bool = False):
     """(function, names of its arguments in `shapes`) that runs one kernel.
 
-    Those of `BOTH` exist in two kinds: `state` and `read` as they are and with the features kept for `training`; `key`
-    and `hidden` without and with the gradients in v, q and k, which training all parameters needs.
+    Those of `BOTH` exist in two kinds: `read` as it is and with the features kept for `training`; the others without
+    and with the gradients in v, q and k, which training all parameters needs.
     """
     rest = PHI, sizes, False
     backward, softmax = gpu_linear_backward, ("x", "keys", "keys", "x", "vector", "vector")
     return {
-        "state": (
-            lambda k, v, keep, w: gpu_linear.state(k, v, keep, w, *rest, keep_features=training),
-            ("x", "x", "keep", "weights"),
-        ),
+        "features": (lambda k, keep, w: gpu_linear.features(k, keep, w, *rest), ("x", "keep", "weights")),
         "read": (
             lambda q, o, weight, w, sums: gpu_linear.read(q, (o, weight), w, sums, *rest, keep_features=training),
             ("x", "x", "vector", "weights", "sums"),
         ),
-        "query": (
-            lambda f, dn, dl, sums: backward.query(f, dn, dl, sums, *rest),
-            ("features", "x", "vector", "sums"),
-        ),
-        "key": (
-            lambda f, v, keep, sums: backward.key(f, v, keep, sums, *rest, values=training),
-            ("features", "x", "keep", "sums"),
-        ),
-        "hidden": (lambda x, dy, w: backward.hidden(x, dy, w, *rest, inputs=training), ("x", "features", "weights")),
         "products": (
-            lambda x, h, dy: [backward.products(a, dy, DIM, *rest[1:]) for a in (x, h)],
+            lambda x, h, dy: [gpu_products.products(dy, b, DIM, *rest[1:]) for b in (x, h)],
             ("x", "features", "features"),
         ),
+        "pre_activations": (
+            lambda f, v, sums: backward.pre_activations(f, v, None, sums, *rest, values=training),
+            ("features", "x", "sums"),
+        ),
+        "hidden": (lambda x, dy, w: backward.hidden(x, dy, w, *rest, inputs=training), ("x", "features", "weights")),
         "softmax": (lambda q, k, v: gpu_softmax.forward(q, k, v, *rest[1:]), ("x", "keys", "keys")),
         "softmax_dq": (lambda *args: gpu_softmax.backward_queries(*args, *rest[1:]), softmax),
         "softmax_dkv": (lambda *args: gpu_softmax.backward_keys(*args, *rest[1:]), softmax),
@@ -108,12 +91,11 @@ def flops(name: str, n: int, training: bool = False) -> float:
     d, f, keys = DIM, PHI.degree * DIM, -(-n // RATE)
     phi, state = d * f + f * f, f * d
     per_token = {
-        "state": phi + state,
+        "features": phi,
         "read": phi + state,
-        "query": 2 * state,
-        "key": (2 if training else 1) * state,
-        "hidden": phi + (state if training else 0),
         "products": d * f + f * f,
+        "pre_activations": (2 if training else 1) * state,
+        "hidden": phi + (state if training else 0),
         "softmax": 2 * keys * d,
         "softmax_dq": 3 * keys * d,
         "softmax_dkv": 4 * keys * d,

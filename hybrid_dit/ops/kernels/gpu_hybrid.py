@@ -1,8 +1,8 @@
 """Hybrid attention (paper Eq. 5) on a GPU from fused kernels, forward and backward.
 
-Forward: `gpu_linear.state` over all keys, softmax over S's keys (`gpu_softmax`), `gpu_linear.read` for φ_q and the
-quotient. Kept for the backward pass: the inputs, the output y, its denominator and log-normaliser, the state, and the
-features of q and k, 2 F numbers of 16 bits a token and head, with which it needs neither of φ's matrices again.
+Forward: φ of all keys and its sums (`gpu_linear.features`, `gpu_products`), softmax over S's keys (`gpu_softmax`),
+`gpu_linear.read` for φ_q and the quotient. Kept for the backward pass: the inputs, the output y, its denominator and
+log-normaliser, the state, and the features of q and k, 2 F numbers of 16 bits a token and head.
 
 Backward, with y_i = n_i / Z_i (numerator and denominator of Eq. 5, c_i held fixed): dn_i = g_i / Z_i and
 dZ_i = −g_i·y_i / Z_i are the cotangents of the linear part's sums as of the softmax part's, so the two branches don't
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from hybrid_dit.array_typing import Array, DTypeLike, Float, PyTree
-from hybrid_dit.ops.kernels import gpu_linear, gpu_linear_backward, gpu_phi, gpu_softmax
+from hybrid_dit.ops.kernels import gpu_linear, gpu_linear_backward, gpu_phi, gpu_products, gpu_softmax
 from hybrid_dit.ops.kernels.gpu_tiles import LONGEST, TINY, Tiles
 from hybrid_dit.ops.residuals import marked
 from hybrid_dit.ops.shards import Shard
@@ -123,7 +123,7 @@ def _forward(how, q, k, v, softmax_keys, phi, keep_features=True):
     sums = features = None
     y, denominator = out, weight
     if _has_linear(how.spec):
-        sums, of_keys = _state(how, k, v, phi, keep_features)
+        sums, of_keys = _state(how, k, v, phi)
         given = None if out is None else (out, weight)
         y, denominator, of_queries = gpu_linear.read(
             q, given, _weights(phi, "q", q), _rounded(sums, q), *_rest(how), keep_features=keep_features
@@ -208,7 +208,7 @@ def _linear_part(how, q, k, v, phi):
 
 
 def _linear_sums(how, q, k, v, phi, keep_features):
-    sums, of_keys = _state(how, k, v, phi, keep_features)
+    sums, of_keys = _state(how, k, v, phi)
     weights, rounded, rest = _weights(phi, "q", q), _rounded(sums, q), _rest(how)
     *out, of_queries = gpu_linear.read(q, None, weights, rounded, *rest, divide=False, keep_features=keep_features)
     return tuple(out), sums, (of_queries, of_keys)
@@ -247,10 +247,10 @@ def _linear_backward(how, q, k, v, phi, sums, features, dn, dl, inputs: bool):
         inputs: whether gradients in q, k and v are asked for.
     """
     rest, keys = _rest(how), _keys_map(how.spec)
-    weights_q, weights_k = _weights(phi, "q", q), _weights(phi, keys, k)
-    dy_q, *dsums = gpu_linear_backward.query(features[0], dn, dl, _rounded(sums, q), *rest)
-    dsums = _rounded(how.total(tuple(dsums)), k)
-    dy_k, dv = gpu_linear_backward.key(features[1], v, _keep(how, k), dsums, *rest, values=inputs)
+    d, weights_q, weights_k = q.shape[3], _weights(phi, "q", q), _weights(phi, keys, k)
+    dy_q, _ = gpu_linear_backward.pre_activations(features[0], dn, dl, _rounded(sums, q), *rest)
+    dsums = how.total(gpu_products.products(features[0], dn, d, *rest[1:], weight=dl))
+    dy_k, dv = gpu_linear_backward.pre_activations(features[1], v, None, _rounded(dsums, k), *rest, values=inputs)
     dphi, dx = jax.tree.map(jnp.zeros_like, phi), []
     for name, x, dy, weights in (("q", q, dy_q, weights_q), (keys, k, dy_k, weights_k)):
         found, into = _map_backward(how, x, dy, weights, inputs)
@@ -262,8 +262,8 @@ def _linear_backward(how, q, k, v, phi, sums, features, dn, dl, inputs: bool):
 def _map_backward(how, x, dy, weights, inputs):
     """Gradients of one map: (in w0, b0, w1 and b1 as `gpu_phi.operands` has them, in x or None)."""
     h, da, dx = gpu_linear_backward.hidden(x, dy, weights, *_rest(how), inputs=inputs)
-    dw0, dw1 = (gpu_linear_backward.products(*of, x.shape[3], how.sizes, how.interpret) for of in ((x, da), (h, dy)))
-    db0, db1 = (z.sum(axis=(0, 2), dtype=jnp.float32) for z in (da, dy))
+    sums = (gpu_products.products(*of, x.shape[3], how.sizes, how.interpret) for of in ((da, x), (dy, h)))
+    (dw0, db0), (dw1, db1) = ((w.sum(axis=0).swapaxes(1, 2), b.sum(axis=0)) for w, b in sums)
     return (dw0, db0, dw1, db1), dx
 
 
@@ -273,12 +273,10 @@ def _unpadded(gradients, phi) -> dict[str, Array]:
     return {name: named[name][tuple(map(slice, x.shape))].astype(x.dtype) for name, x in phi.items()}
 
 
-def _state(how, k, v, phi, keep_features):
-    """(state and normaliser over all tokens, features of the keys at hand or None)."""
-    *sums, features = gpu_linear.state(
-        k, v, _keep(how, k), _weights(phi, _keys_map(how.spec), k), *_rest(how), keep_features=keep_features
-    )
-    return how.total(tuple(sums)), features
+def _state(how, k, v, phi):
+    """(state and normaliser over all tokens, features of the keys at hand)."""
+    features = gpu_linear.features(k, _keep(how, k), _weights(phi, _keys_map(how.spec), k), *_rest(how))
+    return how.total(gpu_products.products(features, v, k.shape[3], how.sizes, how.interpret)), features
 
 
 def _keep(how, k) -> Array:

@@ -30,9 +30,9 @@ _POLY = feature_maps.FEATURE_MAPS["poly"].apply  # by function: a user may regis
 
 
 def fits(spec: FeatureMapSpec) -> bool:
-    """Whether φ is computed here: the paper's polynomial after two layers."""
+    """Whether φ is computed here: the paper's polynomial after two layers, but of squares, whose sign is lost."""
     entry = feature_maps.FEATURE_MAPS.get(spec.kind)
-    return entry is not None and entry.apply is _POLY and spec.layers == 2
+    return entry is not None and entry.apply is _POLY and spec.layers == 2 and spec.activation != "square"
 
 
 def operands(phi: PyTree, dtype: DTypeLike) -> tuple[Array, Array, Array, Array]:
@@ -81,39 +81,24 @@ class Phi:
         inner = GELU + 3 * 0.044715 * GELU * square
         return half + half * tanh, 0.5 + 0.5 * tanh + half * (1.0 - tanh * tanh) * inner
 
-    def features(self, y: Array, power: int | Array) -> Array:
-        """ψ(y) to the power `power` + 1 of pre-activations y; `power` may be a number of the program."""
+    def features(self, y: Array, power: int) -> Array:
+        """ψ(y) to the power `power` + 1 of pre-activations y."""
         psi = self._activation(y)
         return self._times_power(psi, psi, power)
 
-    def kept(self, y: Array, features: Array) -> Array:
-        """What the backward pass reads in place of y: the features, where they determine it."""
-        return y if self.spec.activation == "square" else features
-
-    def features_and_slope(self, kept: Array, power: int | Array) -> tuple[Array, Array]:
-        """`features` and their derivative in y, from `kept` in float32; `power` as there."""
-        if self.spec.activation == "square":
-            psi, slope = kept * kept, 2.0 * kept
-            features = self._times_power(psi, psi, power)
-        else:
-            features, psi = kept, self._root(kept, power)
-            slope = self._slope(psi)
-        return features, (power + 1) * self._times_power(jnp.ones_like(psi), psi, power) * slope
+    def slope(self, features: Array, power: int) -> Array:
+        """Derivative of `features` in y, from their values in float32; 0 where they are 0."""
+        psi = self._root(features, power)
+        return (power + 1) * self._times_power(self._slope(psi), psi, power)
 
     def _root(self, features, power):
         """ψ, of which `features` are the power `power` + 1."""
-        roots = [features]
-        if self.spec.degree > 1:
-            roots.append(_instruction("sqrt.approx.ftz.f32", features) if self.ptx else jnp.sqrt(features))
-        if self.spec.degree > 2:
-            log2 = _instruction("lg2.approx.ftz.f32", features) if self.ptx else jnp.log2(features)
-            roots.append(self.exp2(log2 * (1.0 / (power + 1))))
-        if isinstance(power, int):
-            return roots[min(power, 2)]
-        psi = roots[0]
-        for i, root in enumerate(roots[1:], start=1):
-            psi = jnp.where(power >= i, root, psi)
-        return psi
+        if power == 0:
+            return features
+        if power == 1:
+            return _instruction("sqrt.approx.ftz.f32", features) if self.ptx else jnp.sqrt(features)
+        log2 = _instruction("lg2.approx.ftz.f32", features) if self.ptx else jnp.log2(features)
+        return self.exp2(log2 * (1.0 / (power + 1)))
 
     def _slope(self, psi):
         """ψ'(y) from ψ(y)."""
@@ -133,13 +118,9 @@ class Phi:
                 raise NotImplementedError(name)
 
     def _times_power(self, first, psi, power):
-        """first · ψ^power, with `power` < P."""
-        if isinstance(power, int):
-            for _ in range(power):
-                first = first * psi
-            return first
-        for i in range(1, self.spec.degree):
-            first = jnp.where(power >= i, first * psi, first)
+        """first · ψ^power."""
+        for _ in range(power):
+            first = first * psi
         return first
 
     def _activation(self, y):
@@ -154,8 +135,6 @@ class Phi:
                 return self.exp2(LOG2E * jnp.minimum(y, 12.0))
             case "elu":
                 return jnp.where(y > 0, y + 1.0, self.exp2(LOG2E * jnp.minimum(y, 0.0)))
-            case "square":
-                return y * y
             case name:
                 raise NotImplementedError(name)
 

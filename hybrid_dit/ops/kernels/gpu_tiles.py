@@ -23,8 +23,8 @@ class Tile:
         chunk: hidden units, or keys of softmax, that a step of the inner loop takes.
         warps: of 32 threads.
         stages: of the software pipeline that loads what the loop takes next.
-        passes: whether `read` goes over the hidden units once for each power of φ: a quarter more products at
-            P = 2, but half as many accumulators.
+        passes: whether `features` and `read` go over the hidden units once for each power of φ: a quarter more
+            products at P = 2, but half as many accumulators.
     """
 
     rows: int = 128
@@ -39,28 +39,26 @@ class Tiles:
     """Sizes of all kernels, for Hopper; `benchmarks/attention_gpu.py` measures others.
 
     Attributes:
-        state: sums over keys, Σ φ_k(k_j)ᵀ v_j.
-        read: read-out of the state for queries.
-        query: backward of the read-out.
-        key: backward of the sums over keys.
+        features: φ of keys.
+        read: φ of queries, and read-out of the state.
+        products: sums over tokens.
+        pre_activations: backward through φ's activations.
         hidden: backward through φ's hidden units.
-        products: gradient in φ's matrices.
         softmax: flash attention.
         softmax_dq: its gradient in queries.
         softmax_dkv: its gradient in keys and values.
-        programs: about how many programs share the sums over tokens, two for each of 132 multiprocessors.
+        programs: about how many programs share the sums over tokens, one for each of 132 multiprocessors.
     """
 
-    state: Tile = Tile()
-    read: Tile = Tile(chunk=32, stages=3)
-    query: Tile = Tile()
-    key: Tile = Tile()
-    hidden: Tile = Tile()
+    features: Tile = Tile()
+    read: Tile = Tile(rows=64, warps=4)
     products: Tile = Tile(rows=64, stages=3)
-    softmax: Tile = Tile(chunk=128)
+    pre_activations: Tile = Tile(rows=64, warps=4)
+    hidden: Tile = Tile(rows=64, chunk=32, warps=4)
+    softmax: Tile = Tile(chunk=128, stages=3)
     softmax_dq: Tile = Tile(rows=64, warps=4)
     softmax_dkv: Tile = Tile(rows=64, warps=4)
-    programs: int = 264
+    programs: int = 132
 
 
 def params(tile: Tile) -> plgpu.CompilerParams:
