@@ -169,7 +169,7 @@ class Group:
     def _leave(self, first: dict, message: str | None) -> NoReturn:
         self._ending.acquire()  # never released: one thread tells and ends
         if message:
-            print(message, file=sys.stderr)
+            print(f"{message}\n", end="", file=sys.stderr)  # in one piece: processes may write to one file
         sys.stdout.flush()
         sys.stderr.flush()
         try:

@@ -1,12 +1,32 @@
-"""Shared set-up: 8 fake devices, one compilation cache per run, and shape checks of every annotated function."""
+"""Shared set-up: 8 fake devices, compilation that is quick and cached, and shape checks of every annotated function."""
 
 import atexit
+import functools
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
+# Most of what tests cost is the compilation of programs that run a few times on tiny arrays, so that optimising them
+# costs more than it saves, in child processes too. Beside what JAX can turn off: XLA's older way of writing the loops
+# of a fusion takes half of the time, and one LLVM module per program is cheaper than 32.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
+
+def known(flags: str) -> bool:
+    """Whether this version of XLA has these flags: it aborts the process at one that it does not know."""
+    check = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.run(check, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True).returncode == 0
+
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # workers of xdist have it from the process that starts them
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    if known(QUICK):
+        flags.append(QUICK)
+os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # jobs that run twice (resume, child processes) compile once
     cache = tempfile.mkdtemp(prefix="hybrid_dit_tests_")
@@ -33,20 +53,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=rank)
 
 
-@pytest.fixture(scope="module")
-def compile_quickly():
-    """For programs that run a few times on tiny arrays: optimising them costs more than it saves.
-
-    From the first test that asks for it to the end of its module, in child processes too. Programs in memory are
-    forgotten at both ends: JAX looks them up without regard to this option, and a later test of the same process that
-    compares bits with another process would run the unoptimised ones.
-    """
+@pytest.fixture
+def optimised(monkeypatch):
+    """What this test gives to `jax.jit` is compiled as users compile it: for bits and roundings that depend on that."""
     import jax
 
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    yield
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
+    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    if QUICK in os.environ["XLA_FLAGS"]:
+        options["xla_cpu_use_fusion_emitters"] = True
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))

@@ -28,7 +28,8 @@ class Several:
             **variables: of the environment, beside those of this process.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", **variables}
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"  # the last one counts
+        environment = os.environ | {"XLA_FLAGS": flags, **variables}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         where = f"--distributed.coordinator=localhost:{free_port()}", f"--distributed.processes={count}"
         self.outputs = [(folder / f"out{i}", folder / f"err{i}") for i in range(count)]

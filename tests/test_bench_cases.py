@@ -15,8 +15,6 @@ from hybrid_dit.models.wan import WanConfig, WanDiT
 from hybrid_dit.ops.hybrid import attention
 from hybrid_dit.ops.spec import AttentionSpec, from_label
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 WAN = WanConfig(dim=16, num_heads=2, ffn_dim=32, num_layers=2, in_channels=4, text_dim=8, freq_dim=16)
 SPECS = {"softmax": AttentionSpec(), "R2": from_label("R2"), "linear": from_label("linear")}
 SIZES = Sizes(WAN, VAEConfig(), SPECS, text_tokens=3)

@@ -20,8 +20,6 @@ from hybrid_dit.models import wan
 from hybrid_dit.ops.hybrid import softmax_part
 from hybrid_dit.ops.nested import nested_sums
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 U32 = 2.0**-24
 WAN = wan.WanConfig(dim=24, num_heads=2, ffn_dim=48, num_layers=6, in_channels=4, text_dim=8, freq_dim=16)
 SHAPE = (3, 4, 8, 4)  # latents; 3 x 2 x 4 = 24 tokens, which 8 devices divide, and 5 below don't

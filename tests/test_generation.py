@@ -21,8 +21,6 @@ from hybrid_dit.models.vae import init as init_vae
 from hybrid_dit.models.wan import WanConfig
 from hybrid_dit.ops.spec import AttentionSpec
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 PROMPTS = ["a small red circle moving left on a gray background", "a large blue square moving up on a black background"]
 
 

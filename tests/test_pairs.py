@@ -7,8 +7,6 @@ from hybrid_dit import generation, pairs
 from hybrid_dit.data import shapes
 from hybrid_dit.pairs import Pairs, batch_at, rendered_pairs
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def numbered(n):
     return Pairs(np.arange(float(n))[:, None, None, None, None], np.arange(float(n))[:, None, None], np.zeros((n, 1)))

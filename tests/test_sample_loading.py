@@ -16,13 +16,11 @@ from hybrid_dit.convert.abstract import abstract_dit
 from hybrid_dit.convert.pipeline import load_pipeline
 from hybrid_dit.models.wan import WanDiT
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 PROMPTS = ["a small red circle moving left on a gray background", ""]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, compile_quickly):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loading") / "pipeline"
     random_pipeline(folder, dim=32)
     return folder

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from pipelines import random_like
 
 from hybrid_dit import sharding
@@ -12,7 +11,6 @@ from hybrid_dit.models.wan import WanConfig, WanDiT
 from hybrid_dit.ops.spec import from_label
 from hybrid_dit.split_dit import SplitDiT
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 # Kernels are split 4 ways; 3 x 3 x 5 = 45 tokens, which two devices don't divide.
 WAN = WanConfig(dim=32, num_heads=2, ffn_dim=64, num_layers=4, in_channels=4, text_dim=8, freq_dim=16)
 SHAPE = (3, 6, 10, 4)

@@ -14,8 +14,6 @@ from hybrid_dit.ops import feature_maps
 from hybrid_dit.ops.hybrid import softmax_part
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec, from_label
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 GRID, B, H, D = (2, 3, 4), 2, 3, 6
 N = 24
 U32 = 2.0**-24

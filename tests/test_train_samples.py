@@ -30,7 +30,6 @@ def config(tmp_path_factory):
     return config
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_the_first_prompts_are_sampled_from_the_same_noise_every_time(config, pipeline, tmp_path, monkeypatch):
     seen = []
 

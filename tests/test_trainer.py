@@ -20,7 +20,6 @@ from hybrid_dit.models.wan import WanDiT
 from hybrid_dit.pairs import Pairs
 from hybrid_dit.trainer import Trainer, fitted_text
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 STEPS = 20
 PROGRAM = """
 import json, pathlib, sys

@@ -21,7 +21,7 @@ PAIRS = latent_sets.samples(12, ((3, 4, 6), (1, 6, 4), (3, 5, 4)))  # the last o
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory, compile_quickly):
+def pipeline(tmp_path_factory):
     return random_pipeline(tmp_path_factory.mktemp("open") / "pipeline")
 
 

@@ -62,7 +62,6 @@ def test_its_cost_is_counted_from_its_shapes():
     assert cost.features(6, spec) == 6
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_a_stage_runs_with_it(tmp_path, capsys):
     random_pipeline(tmp_path / "weights")
     prompts = tmp_path / "prompts.txt"

@@ -192,7 +192,7 @@ def test_two_processes_finish_what_one_began(whole, root, tmp_path, monkeypatch,
     with pytest.raises(SystemExit):
         distill.run(config, workdir)
     monkeypatch.undo()
-    several = Several(tmp_path, MAIN, *command(config, workdir), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    several = Several(tmp_path, MAIN, *command(config, workdir))
     (first, out, error), (second, silent, other) = several.finish()
     assert (first, second) == (0, 0), error + other
     assert "continues after 18 steps" in out and "distill" not in silent

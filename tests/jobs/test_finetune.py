@@ -181,7 +181,7 @@ def command(config, workdir):
 def test_two_processes_train_what_one_does(base, uninterrupted, tmp_path):
     """Sums over the batch are taken in another order; a sample dropped or drawn differently changes losses by 1e-2."""
     config = base[1](tmp_path / "run")
-    several = Several(tmp_path, MAIN, *command(config, tmp_path / "run"), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    several = Several(tmp_path, MAIN, *command(config, tmp_path / "run"))
     (first, out, error), (second, silent, other) = several.finish()
     assert (first, second) == (0, 0), error + other
     assert "finetune" in out and "finetune" not in silent

@@ -46,7 +46,7 @@ def check(report, out, wan, devices):
     assert "compiled in" in out
 
 
-def test_fine_tuning_fits(root, tmp_path, capsys, compile_quickly):
+def test_fine_tuning_fits(root, tmp_path, capsys):
     code, report, config = planned(root, tmp_path, "finetune")
     out = capsys.readouterr().out
     assert code == 0 and report["fits"] and "DOES NOT FIT" not in out
@@ -99,7 +99,7 @@ def test_flops_of_the_steps(root):
 
 
 @pytest.mark.parametrize("job", ["sample", "decode"])
-def test_sampling_fits_beside_the_dit(root, tmp_path, job, capsys, compile_quickly):
+def test_sampling_fits_beside_the_dit(root, tmp_path, job, capsys):
     code, report, config = planned(root, tmp_path, job, target="cpu:2", sample__variant="finetuned", sample__batch=1)
     out = capsys.readouterr().out
     assert code == 0 and report["fits"] and "compiled in" in out

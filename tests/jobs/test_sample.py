@@ -15,7 +15,7 @@ TWICE = {"sample__samples": 2, "sample__sampler": "euler_ancestral"}  # noise at
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory, compile_quickly):
+def root(tmp_path_factory):
     """A workdir with two samples of three prompts by the teacher."""
     root = tmp_path_factory.mktemp("sample")
     sample.run(tiny_config("sample", root, **TWICE), root / "run")

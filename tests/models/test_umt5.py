@@ -10,8 +10,6 @@ from hybrid_dit.convert import tables, umt5_keys
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.umt5 import UMT5Config, UMT5Encoder, encode_prompts, relative_position_buckets
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 torch.set_num_threads(1)
 
 # d_kv * num_heads != d_model, and all sizes distinct, so that a transposed or swapped axis can't pass

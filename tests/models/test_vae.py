@@ -19,8 +19,6 @@ from hybrid_dit.errors import UserError
 from hybrid_dit.models import vae as vae_lib
 from hybrid_dit.models.vae import VAEConfig, WanVAE
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 torch.set_num_threads(1)
 
 TOLERANCE = 1e-5

@@ -14,8 +14,6 @@ from hybrid_dit.models import vae as vae_lib
 from hybrid_dit.models.vae import VAEConfig, WanVAE
 from hybrid_dit.models.vae_windows import decode_in_windows, halo, windows
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 CONFIG = VAEConfig(
     base_dim=4,
     z_dim=4,
@@ -29,7 +27,7 @@ COLUMNS = 20
 
 
 @pytest.fixture(scope="module")
-def params(compile_quickly):
+def params():
     shapes = jax.eval_shape(functools.partial(vae_lib.init, CONFIG), jax.random.key(0))
     return random_like(shapes, np.random.default_rng(0))
 

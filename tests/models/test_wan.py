@@ -18,8 +18,6 @@ from hybrid_dit.errors import UserError
 from hybrid_dit.models import wan
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 # Float32 against float32: each side rounds at 6e-8 per operation; 1e-5 is the project's bound for whole modules.
 TOLERANCE = 1e-5
 

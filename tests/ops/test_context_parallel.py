@@ -19,7 +19,6 @@ from hybrid_dit.ops.context_parallel import Split, attention
 from hybrid_dit.ops.shards import Shard
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 UNEVEN = (2, 3, 4), 4, 2, 1  # shards of 3 tokens over 8 devices: S starts elsewhere on each
 
 

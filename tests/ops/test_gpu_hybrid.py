@@ -21,8 +21,6 @@ from hybrid_dit.ops.kernels.gpu_tiles import Tile, Tiles, splits
 from hybrid_dit.ops.softmax import softmax_attention
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 D = 16  # the narrowest head that the kernels take
 SMALL = Tiles(*(Tile(rows=32, chunk=16),) * 8, programs=6)
 GRID = (3, 5, 7)  # 105 tokens: four tiles of 32, seven chunks of 16 keys, none of which they fill

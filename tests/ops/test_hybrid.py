@@ -18,8 +18,6 @@ from hybrid_dit.ops import feature_maps, softmax
 from hybrid_dit.ops.hybrid import attention, combine, linear_part, softmax_part
 from hybrid_dit.ops.spec import ACTIVATIONS, PATTERNS, STABILISERS, AttentionSpec, FeatureMapSpec
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 U32, U16 = 2.0**-24, 2.0**-8  # unit roundoff of float32 and bfloat16
 D = 6
 
@@ -45,7 +43,6 @@ def cases():
             yield spec, ODD
         for j, shape in enumerate((SPARSE, DENSE, EVEN)):
             yield list(specs(name, shape[1]))[1 + (i + j) % 4], shape
-
 
     for activation in ACTIVATIONS[1:]:  # softplus is above
         yield AttentionSpec("hybrid", EVEN[1], feature_map=FeatureMapSpec(activation=activation)), EVEN

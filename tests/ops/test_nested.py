@@ -14,8 +14,6 @@ from hybrid_dit.ops import nested, row_max, softmax
 from hybrid_dit.ops.spec import PATTERNS, STABILISERS, AttentionSpec
 from hybrid_dit.ops.tokens import softmax_tokens
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 U32, U16 = 2.0**-24, 2.0**-8  # unit roundoff of float32 and bfloat16
 GRIDS = [(3, 4, 5), (2, 3, 8), (1, 2, 3)]  # odd sizes; a width that the rates divide; fewer tokens than R = 8
 RATES = [(2, 4, 8), (3, 6), (1, 2), (4,)]

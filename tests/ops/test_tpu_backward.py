@@ -20,8 +20,6 @@ from hybrid_dit.ops.hybrid import attention
 from hybrid_dit.ops.kernels import tpu_hybrid
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 hybrid = partial(AttentionSpec, "hybrid")
 
 

@@ -23,8 +23,6 @@ from hybrid_dit.ops.kernels import tpu_hybrid
 from hybrid_dit.ops.kernels.tpu_blocks import Blocks, tiles
 from hybrid_dit.ops.spec import ACTIVATIONS, AttentionSpec, FeatureMapSpec
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 # Several tiles of everything, none of which N or N/R fills: 399 tokens, of them 200, 100 and 50 at R = 2, 4 and 8.
 SMALL = Blocks(**{f.name: 128 for f in dataclasses.fields(Blocks)})
 TILED = (3, 7, 19)

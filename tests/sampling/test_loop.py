@@ -90,7 +90,7 @@ def test_reused_steps_take_the_last_velocity():
 
 
 @pytest.mark.parametrize("name", ["unipc", "euler_ancestral"])
-def test_reusing_no_step_changes_no_bit(name):
+def test_reusing_no_step_changes_no_bit(name, optimised):
     noise, context, _ = inputs()
     run = stepwise(velocity, make_sampler(name, 4, 3.0))
     never = run(PARAMS, noise, context, jax.random.key(1), reuse=np.zeros(4, bool))
