@@ -29,7 +29,7 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.model.height = 128 if tiny else 480  # multiples of 16
     c.model.width = 128 if tiny else 832
     c.model.compute_dtype = "float32" if tiny else "bfloat16"  # of activations; parameters are float32
-    c.model.attention_backend = "auto"  # xla; tpu, gpu: fused kernels, slow anywhere else; auto: tpu on TPUs
+    c.model.attention_backend = "auto"  # xla; tpu, gpu: fused kernels, slow anywhere else; auto: on TPU, H100, H200
     c.model.negative_prompt = "" if tiny else WAN_NEGATIVE_PROMPT  # of guidance
 
     c.prompts = ConfigDict()

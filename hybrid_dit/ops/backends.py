@@ -15,11 +15,10 @@ def choose(backend: str, spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -
     """Returns "xla", "tpu" or "gpu"; called while tracing.
 
     What the kernels don't take (softmax attention on a GPU, where cuDNN has it, a feature map of one's own, a head
-    width other than 128 on a TPU, float16, on a GPU float32) runs on XLA whatever is asked for. "auto" is "tpu" where a
-    program is for one TPU: inside `shard_map` over TPUs, as `ops.context_parallel` runs attention, or in a process with
-    a single one. It is "xla" everywhere else: the compiler can't split a kernel over several devices by itself, and the
-    GPU's kernels have been compiled for Hopper but not run yet. Ask for "gpu" where you can check them, on several
-    devices inside `shard_map` (with check_vma=False).
+    width other than 128 on a TPU, float16, on a GPU float32) runs on XLA whatever is asked for. "auto" is "tpu" or
+    "gpu" where a program is for one TPU, or for one GPU of a kind that the kernels were measured on: inside `shard_map`
+    over such devices (with check_vma=False), as `ops.context_parallel` runs attention, or in a process with a single
+    one. It is "xla" everywhere else: the compiler can't split a kernel over several devices by itself.
 
     Raises:
         UserError: an unknown name.
@@ -27,14 +26,16 @@ def choose(backend: str, spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -
     if backend not in BACKENDS:
         raise UserError(f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = "tpu" if _platform() == "tpu" and tpu_hybrid.aligned(head_dim) else "xla"
+        platform, kind = _device()
+        tpu, gpu = platform == "tpu" and tpu_hybrid.aligned(head_dim), platform == "gpu" and gpu_hybrid.measured(kind)
+        backend = "tpu" if tpu else "gpu" if gpu else "xla"
     kernels = {"tpu": tpu_hybrid, "gpu": gpu_hybrid}.get(backend)
     return backend if kernels and kernels.fits(spec, head_dim, dtype) else "xla"
 
 
-def _platform() -> str:
-    """What the program at hand runs on, if each device runs it for itself; else ""."""
+def _device() -> tuple[str, str]:
+    """(platform, kind) of what the program at hand runs on, if each device runs it for itself; else empty."""
     device = manual_device()
-    if device is not None:
-        return device.platform
-    return jax.default_backend() if jax.device_count() == 1 else ""
+    if device is None and jax.device_count() == 1:
+        device = jax.devices()[0]
+    return ("", "") if device is None else (device.platform, device.device_kind)

@@ -1,6 +1,7 @@
 """Which backend runs: read off the traced program."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,14 @@ def kernels(spec, backend, dtype=jnp.float32):
     return "pallas_call" in str(jax.make_jaxpr(f)(*make_point(spec, ODD, dtype)))
 
 
+def pretend(monkeypatch, platform, kind, count=1):
+    """Has `backends` see `count` devices of a kind."""
+    device = SimpleNamespace(platform=platform, device_kind=kind)
+    monkeypatch.setattr(jax, "devices", lambda: [device] * count)
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+
+
 def test_auto_is_xla_without_a_tpu_and_tpu_can_be_asked_for():
     assert not kernels(R2, "auto") and not kernels(R2, "xla")
     assert all(kernels(spec, "tpu") for spec in (R2, AttentionSpec("linear"), AttentionSpec()))
@@ -32,8 +41,7 @@ def test_auto_is_xla_without_a_tpu_and_tpu_can_be_asked_for():
 
 @pytest.mark.parametrize("devices, chosen", [(1, "tpu"), (4, "xla")])
 def test_auto_on_a_tpu_is_tpu_if_it_is_the_only_one(monkeypatch, devices, chosen):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    pretend(monkeypatch, "tpu", "TPU v5 lite", devices)
     assert backends.choose("auto", R2, 128, jnp.bfloat16) == chosen
     assert backends.choose("auto", R2, 24, jnp.bfloat16) == "xla"
     assert backends.choose("tpu", R2, 128, jnp.bfloat16) == "tpu"
@@ -61,10 +69,10 @@ def test_auto_goes_by_the_mesh_inside_shard_map():
     assert seen == [("tpu", tpu_blocks.BLOCKS["v6e"].queries), ("xla", tpu_blocks.BLOCKS["v5e"].queries)]
 
 
-def test_the_gpus_kernels_are_asked_for_by_name(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert backends.choose("auto", R2, 128, jnp.bfloat16) == "xla"
+@pytest.mark.parametrize("kind, count, chosen", [("H100 80GB HBM3", 1, "gpu"), ("H200", 2, "xla"), ("A100", 1, "xla")])
+def test_auto_on_a_gpu_is_gpu_where_kernels_were_measured(monkeypatch, kind, count, chosen):
+    pretend(monkeypatch, "gpu", f"NVIDIA {kind}", count)
+    assert backends.choose("auto", R2, 128, jnp.bfloat16) == chosen
     assert backends.choose("gpu", R2, 128, jnp.bfloat16) == "gpu"
     for head_dim, dtype in ((24, jnp.bfloat16), (256, jnp.bfloat16), (128, jnp.float32)):
         assert backends.choose("gpu", R2, head_dim, dtype) == "xla"

@@ -237,12 +237,31 @@ def test_kernels_lower_to_triton_at_full_size():
     assert text.count("@__gpu$xla.gpu.triton") == 15
 
 
-def test_cudnn_backward_is_given_the_total_output_and_normaliser(monkeypatch):
+@pytest.fixture
+def cudnn(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda *_: False)
+    return cudnn
+
+
+def test_only_training_asks_cudnn_for_normalisers(cudnn):
+    x = jax.ShapeDtypeStruct((1, 300, 2, 64), jnp.bfloat16)
+    spec = AttentionSpec("hybrid", 4, stabiliser="lse")
+    phi = jax.eval_shape(lambda: feature_maps.init(jax.random.key(0), 2, 64, spec.feature_map))
+    run = partial(gpu_hybrid.attention, spec=spec, grid=(1, 1, 300), softmax="cudnn", interpret=False)
+
+    def asked(f):
+        equations = every_equation(jax.make_jaxpr(f)(x, x, x, phi).jaxpr)
+        return [e.params["is_training"] for e in equations if "attention_fwd" in e.primitive.name]
+
+    assert asked(run) == [False]
+    assert asked(lambda *args: jax.vjp(run, *args)[0]) == [True]
+
+
+def test_cudnn_backward_is_given_the_total_output_and_normaliser(cudnn):
     q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.bfloat16) for n in (300, 151))
     total = jax.ShapeDtypeStruct((1, 2, 300), jnp.float32)
     jaxpr = jax.make_jaxpr(gpu_softmax.cudnn_backward)(q, k, k, q, q, total).jaxpr

@@ -59,6 +59,11 @@ def fits(spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -> bool:
     return spec.converted and gpu_phi.fits(spec.feature_map) and widths and dtype in dtypes
 
 
+def measured(device_kind: str) -> bool:
+    """Whether the kernels have run on such a GPU; on others tiles may not fit, or be slow."""
+    return any(name in device_kind for name in ("H100", "H200"))
+
+
 def _has_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
@@ -113,20 +118,20 @@ def _softmax_rows(x: Array, how: How) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(how, q, k, v, softmax_keys, phi):
-    return _forward(how, q, k, v, softmax_keys, phi, keep_features=False)[0]
+    return _forward(how, q, k, v, softmax_keys, phi, training=False)[0]
 
 
-def _forward(how, q, k, v, softmax_keys, phi, keep_features=True):
+def _forward(how, q, k, v, softmax_keys, phi, training=True):
     out = weight = c = None
     if softmax_keys is not None:
-        out, weight, c = _softmax_forward(how, q, *softmax_keys)
+        out, weight, c = _softmax_forward(how, q, *softmax_keys, want_c=training)
     sums = features = None
     y, denominator = out, weight
     if _has_linear(how.spec):
         sums, of_keys = _state(how, k, v, phi)
         given = None if out is None else (out, weight)
         y, denominator, of_queries = gpu_linear.read(
-            q, given, _weights(phi, "q", q), _rounded(sums, q), *_rest(how), keep_features=keep_features
+            q, given, _weights(phi, "q", q), _rounded(sums, q), *_rest(how), keep_features=training
         )
         features = of_queries, of_keys
     y, denominator, c, sums = marked((y, denominator, c, sums))
@@ -160,11 +165,11 @@ def _has_linear(spec: AttentionSpec) -> bool:
     return spec.kind == "linear" or spec.rate > 1
 
 
-def _softmax_forward(how, q, k, v):
+def _softmax_forward(how, q, k, v, want_c):
     """(o, w, c) as in `gpu_softmax`."""
     lse = how.spec.stabiliser == "lse"
     if lse and _on_cudnn(how, q):
-        return gpu_softmax.cudnn_forward(q, k, v)
+        return gpu_softmax.cudnn_forward(q, k, v, want_c)
     out, weight, c = gpu_softmax.forward(q, k, v, how.sizes, how.interpret)
     return (out, jnp.ones_like(weight), c + jnp.log(weight)) if lse else (out, weight, c)
 

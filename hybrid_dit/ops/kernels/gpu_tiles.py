@@ -50,11 +50,11 @@ class Tiles:
         programs: about how many programs share the sums over tokens, one for each of 132 multiprocessors.
     """
 
-    features: Tile = Tile()
+    features: Tile = Tile(rows=64, warps=4)
     read: Tile = Tile(rows=64, warps=4)
-    products: Tile = Tile(rows=64, stages=3)
+    products: Tile = Tile(rows=64, stages=4)
     pre_activations: Tile = Tile(rows=64, warps=4)
-    hidden: Tile = Tile(rows=64, chunk=32, warps=4)
+    hidden: Tile = Tile(rows=64, warps=4, stages=1)
     softmax: Tile = Tile(chunk=128, stages=3)
     softmax_dq: Tile = Tile(rows=64, warps=4)
     softmax_dkv: Tile = Tile(rows=64, warps=4)
