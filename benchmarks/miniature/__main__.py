@@ -1,12 +1,12 @@
 """The paper's tables in miniature, on the bundled model.
 
-    python benchmarks/miniature distillation --out=docs/results/miniature     # one table; about 1 GPU minute each
-    python benchmarks/miniature all --out=docs/results/miniature              # all of them
-    python benchmarks/miniature all --out=docs/results/miniature --processes=10   # sooner, if cores are many
+    python benchmarks/miniature distillation                # one table
+    python benchmarks/miniature all --processes=12          # all of them: about 18 minutes on one H200 with 16 cores
 
 Tables: distillation, rates, selection, loss, feature_maps, finetuning, stabiliser, pattern (scores of videos), errors
-and widths (errors of blocks). What is done is kept in `--work` and not done again; interrupt it when you like. Each
-writes TABLE.md and TABLE.json. Scores are those of `hybrid_dit.scoring`, 0 to 100, on held-out prompts that no error
+and widths (errors of blocks). Each writes TABLE.md and TABLE.json into docs/results/miniature (or `--out`), from what
+is in `measured/` there: what is missing is measured first, and kept, so interrupt it when you like.
+Scores are those of `hybrid_dit.scoring`, 0 to 100, on held-out prompts that no error
 was measured on, from one and the same noise; every distillation is made with several seeds. Scores are means over
 seeds, intervals 95% bootstrap over videos (of their means over seeds).
 """
@@ -20,7 +20,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 import numpy as np
 from runs import Study
 from tables import ERRORS, TABLES, WIDTHS, Table
@@ -51,7 +50,7 @@ def scored(study: Study, table: Table, seeds: list[int]) -> dict:
             {
                 "model": row.name,
                 "score": interval(mean["total"]),
-                "seeds": [round(float(np.mean(run["total"])), 1) for run in runs],
+                "seeds": ", ".join(f"{np.mean(run['total']):.1f}" for run in runs),
                 "self-attention FLOPs saved": round(float(np.mean(saved)), 3),
                 **{name: interval(mean[name]) for name in table.columns},
                 "blocks (seed 0)": " ".join(runs[0]["choice"]),
@@ -71,9 +70,8 @@ def errors(study: Study, seeds: list[int]) -> dict:
     """Held-out relative L1 error by rate, mean over blocks and seeds, for every setting of `ERRORS`."""
     labels, rows = list(study.config.distill.rates), []
     for name, changed in ERRORS.items():
-        folders = [study.distilled(seed, changed) for seed in seeds]
         for column in ("undistilled", "distilled") if not changed else ("distilled",):
-            values = np.stack([study.errors(folder, column) for folder in folders])  # [seeds, B, labels]
+            values = np.stack([study.errors(seed, changed, column=column) for seed in seeds])  # [seeds, B, labels]
             setting = f"{name}, not distilled" if column == "undistilled" else name
             rows.append({"setting": setting, **by_rate(values, labels)})
     return {"title": "Relative L1 error of a block's attention, mean over blocks", "rows": rows}
@@ -86,7 +84,7 @@ def widths(study: Study, seeds: list[int]) -> dict:
         for pattern in ("stride", "lattice"):
             model = {} if width == 8 else {"width": 16 * width}
             changed = {} if pattern == "stride" else {"pattern": pattern}
-            values = [study.errors(study.distilled(seed, changed, model)) for seed in seeds]
+            values = [study.errors(seed, changed, model) for seed in seeds]
             rows.append({"setting": f"{width} tokens a row, {pattern}", **by_rate(np.stack(values), labels)})
     return {"title": "Stride and lattice by width of the token grid: relative L1 error, mean over blocks", "rows": rows}
 
@@ -103,9 +101,9 @@ def markdown(report: dict) -> str:
     """A report as a table, claims below it."""
 
     def cell(value):
-        if isinstance(value, list) and len(value) == 3 and all(isinstance(x, float) for x in value):
+        if isinstance(value, list):
             return f"{value[0]:g} [{value[1]:g}, {value[2]:g}]"
-        return ", ".join(f"{x:g}" for x in value) if isinstance(value, list) else str(value)
+        return str(value)
 
     def grid(rows):
         head = list(rows[0])
@@ -126,7 +124,7 @@ def markdown(report: dict) -> str:
 
 
 def fill(names: list[str], seeds: list[int], processes: int, settings: list[str]) -> None:
-    """Makes every table of every seed in a process of its own, for what they leave in the work folder.
+    """Makes every table of every seed in a process of its own, for what they leave measured.
 
     Programs as small as the bundled model's leave a GPU idle between them, and scores are taken on the host.
 
@@ -138,7 +136,7 @@ def fill(names: list[str], seeds: list[int], processes: int, settings: list[str]
     def run(job):
         name, seed = job
         with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, __file__, name, f"--seeds={seed}", f"--out={out}", *settings]
+            command = [sys.executable, str(Path(__file__).parent), name, f"--seeds={seed}", f"--out={out}", *settings]
             return job, subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
 
     with ThreadPoolExecutor(processes) as pool:
@@ -155,7 +153,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*TABLES, "errors", "widths"]
     parser.add_argument("tables", nargs="+", choices=[*names, "all"])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/miniature"))
+    parser.add_argument("--measured", type=Path, help="folder of what was measured; in --out unless given")
     parser.add_argument("--work", type=Path, default=Path("runs/miniature"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--trajectories", type=int, default=10, help="of each distillation; 50 steps each")
@@ -164,23 +163,24 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="that share the device and the work folder")
     args = parser.parse_args()
     names = names if "all" in args.tables else args.tables
+    args.measured = args.measured or args.out / "measured"
+    settings = {name: getattr(args, name) for name in ("work", "measured", "trajectories", "videos", "sample_steps")}
     if args.processes > 1:
-        settings = [
-            f"--{x.replace('_', '-')}={getattr(args, x)}" for x in ("work", "trajectories", "videos", "sample_steps")
-        ]
-        fill(names, args.seeds, args.processes, settings)
+        given = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        fill(names, args.seeds, args.processes, given)
     set_up()
-    study = Study(args.work, args.trajectories, args.videos, args.sample_steps)
+    study = Study(**settings)
     for name in names:
-        began = time.monotonic()
+        began, machines = time.monotonic(), set()
+        study.all_errors.machines = study.all_scores.machines = machines
         if name in TABLES:
             report = scored(study, TABLES[name](study), args.seeds)
         else:
             report = {"errors": errors, "widths": widths}[name](study, args.seeds)
         scores = f"; {args.videos} videos, UniPC {args.sample_steps} steps, guidance 3" if name in TABLES else ""
         report["made"] = (
-            f"{len(args.seeds)} seeds, {50 * args.trajectories} steps of distillation{scores}; on "
-            f"{jax.devices()[0].device_kind}, jax {jax.__version__}."
+            f"{len(args.seeds)} seeds, {50 * args.trajectories} steps of distillation{scores}; measured on "
+            f"{' and '.join(sorted(machines))}."
         )
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")

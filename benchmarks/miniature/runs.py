@@ -1,7 +1,8 @@
 """What the tables are made of: distillations run by the job itself, and scored videos of any assignment of rates.
 
-Everything is kept in a work folder and found again: distillations as stage folders, scores as lines of `scores.jsonl`.
-Several processes may share it: whoever needs what another is at waits for it.
+What was measured is kept as lines of two files, `errors.jsonl` of distillations and `scores.jsonl` of models, with the
+machine that measured it, and not measured again. Distillations themselves stay in a work folder. Several processes may
+share both: whoever needs what another is at waits for it.
 """
 
 import contextlib
@@ -32,12 +33,39 @@ UNDISTILLED = "undistilled.safetensors"
 
 
 @contextlib.contextmanager
-def locked(folder: Path):
-    """Lets one process at a time work in `folder`."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(folder.name + ".lock"), "w") as file:
+def locked(path: Path):
+    """Lets one process at a time work on `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+class Measured:
+    """A file of what was measured: JSON lines, found by some of their values."""
+
+    def __init__(self, path: Path):
+        self.path, self.machines = path, set()
+
+    def find(self, key: Mapping) -> dict | None:
+        """The line with these values, if there is one; `machines` remembers who measured it."""
+        for line in self.path.read_text().splitlines() if self.path.is_file() else ():
+            found = json.loads(line)
+            if all(found[name] == value for name, value in key.items()):
+                self.machines.add(found["machine"])
+                return found
+        return None
+
+    def add(self, key: Mapping, values: Mapping) -> dict:
+        """Appends a line; returns it."""
+        machine = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+        line = {**key, "machine": machine, **values}
+        self.machines.add(machine)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(json.dumps(line) + "\n")
+        return line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +88,14 @@ class Row:
 
 
 class Study:
-    """The bundled model, held-out prompts, and the work folder."""
+    """The bundled model, held-out prompts, what was measured, and the work folder."""
 
-    def __init__(self, work: Path, trajectories: int, videos: int, sample_steps: int):
+    def __init__(self, work: Path, measured: Path, trajectories: int, videos: int, sample_steps: int):
         """Loads the model.
 
         Args:
-            work: kept between runs.
+            work: folder of distillations, kept between runs.
+            measured: folder of `errors.jsonl` and `scores.jsonl`.
             trajectories: of each distillation, 50 steps each.
             videos: held-out prompts that are scored.
             sample_steps: UniPC.
@@ -83,7 +112,7 @@ class Study:
         first = self.config.distill.held_out_prompts
         self.prompts = read_prompts(self.config.prompts.held_out)[first : first + videos]
         self.scenes = [parse_prompt(prompt) for prompt in self.prompts]
-        self._scores = work / "scores.jsonl"
+        self.all_errors, self.all_scores = (Measured(measured / f"{x}.jsonl") for x in ("errors", "scores"))
 
     # Distillation
 
@@ -99,16 +128,30 @@ class Study:
 
     def distilled(self, seed: int, changed: Mapping[str, object], model: Mapping[str, int] | None = None) -> Path:
         """Runs stage 1 unless it has run; returns its folder."""
-        parts = [f"{k}-{v}" for k, v in {**changed, **(model or {})}.items()]
-        workdir = self.work / "_".join(["distill", *parts, f"seed-{seed}"])
+        workdir = self.work / self._name(seed, changed, model)
         with locked(workdir):
             distill.run(self.settings(seed, changed, model), workdir)
         return workdir / "distill"
 
-    def errors(self, folder: Path, column: str = "distilled") -> np.ndarray:
-        """Held-out errors [B, labels] of a distillation, labels in the config's order."""
-        labels = list(self.config.distill.rates)
-        return select_rates.read_errors(folder / "errors.csv", labels, column)
+    def _name(self, seed, changed, model=None):
+        parts = [f"{k}-{v}" for k, v in {**changed, **(model or {})}.items()]
+        return "_".join(["distill", *parts, f"seed-{seed}"])
+
+    def errors(
+        self,
+        seed: int,
+        changed: Mapping[str, object],
+        model: Mapping[str, int] | None = None,
+        column: str = "distilled",
+    ) -> np.ndarray:
+        """Held-out errors [B, labels] of a distillation, in the config's order; it runs unless they are known."""
+        key = {"distillation": self._name(seed, changed, model), "trajectories": self.trajectories}
+        line = self.all_errors.find(key)
+        if line is None:
+            file, labels = self.distilled(seed, changed, model) / "errors.csv", list(self.config.distill.rates)
+            columns = {name: select_rates.read_errors(file, labels, name) for name in ("undistilled", "distilled")}
+            line = self.all_errors.add(key, {name: np.round(x, 6).tolist() for name, x in columns.items()})
+        return np.array(line[column])
 
     # Choices
 
@@ -141,8 +184,7 @@ class Study:
 
     def score(self, row: Row, seed: int) -> dict:
         """Scores of a row's videos: {"choice": labels, "total": [n], "direction": [n], ..., "motion": [n]}."""
-        folder = self.distilled(seed, row.distill)
-        choice = row.choose(self.errors(folder))
+        choice = row.choose(self.errors(seed, row.distill))
         key = {
             "distill": json.dumps(dict(row.distill), sort_keys=True),
             "trajectories": self.trajectories,
@@ -153,20 +195,19 @@ class Study:
             "seed": seed if set(choice) != {"softmax"} else 0,  # the teacher knows no seed
             "choice": " ".join(choice),
         }
-        for line in self._scores.read_text().splitlines() if self._scores.is_file() else ():
-            found = json.loads(line)
-            if all(found[name] == value for name, value in key.items()):
-                return found | {"choice": choice}
-        specs = specs_from_config(self.settings(seed, row.distill).distill)
-        if row.finetune:
-            params = self._finetuned(row, seed, folder, choice)
-        else:
-            _, params = surgery.assemble(self.pipeline.dit, load_maps(folder / row.maps), choice, specs)
-        print(f"score: {row.name}, seed {seed}", flush=True)
-        scores = self._videos_scores(params, choice, specs, load_maps(folder / row.maps))
-        with open(self._scores, "a") as file:
-            file.write(json.dumps(key | scores) + "\n")
-        return key | scores | {"choice": choice}
+        found = self.all_scores.find(key)
+        if found is None:
+            folder, specs = (
+                self.distilled(seed, row.distill),
+                specs_from_config(self.settings(seed, row.distill).distill),
+            )
+            if row.finetune:
+                params = self._finetuned(row, seed, folder, choice)
+            else:
+                _, params = surgery.assemble(self.pipeline.dit, load_maps(folder / row.maps), choice, specs)
+            print(f"score: {row.name}, seed {seed}", flush=True)
+            found = self.all_scores.add(key, self._videos_scores(params, choice, specs, load_maps(folder / row.maps)))
+        return found | {"choice": choice}
 
     def teacher(self) -> dict:
         """The teacher's scores."""
