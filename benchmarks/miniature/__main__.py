@@ -140,7 +140,7 @@ def fill(names: list[str], seeds: list[int], processes: int, settings: list[str]
             return job, subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
 
     with ThreadPoolExecutor(processes) as pool:
-        jobs = [(name, seed) for name in first for seed in seeds]
+        jobs = [(name, seed) for seed in seeds for name in first]  # the first seed's programs are the others', too
         for i, (job, code) in enumerate(pool.map(run, jobs)):
             print(f"{i + 1} of {len(jobs)}: {job[0]}, seed {job[1]}", flush=True)
             if code:
