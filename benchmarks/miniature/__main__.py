@@ -20,14 +20,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-from runs import Study
-from tables import ERRORS, TABLES, WIDTHS, Table
-
-from hybrid_dit import cost
-from hybrid_dit.jobs import select_rates
 from hybrid_dit.main import set_up
-from hybrid_dit.metrics import bootstrap_interval
+
+set_up()  # before JAX is imported, which reads where to keep programs then
+
+import numpy as np  # noqa: E402
+from runs import Study  # noqa: E402
+from tables import ERRORS, TABLES, WIDTHS, Table  # noqa: E402
+
+from hybrid_dit import cost  # noqa: E402
+from hybrid_dit.jobs import select_rates  # noqa: E402
+from hybrid_dit.metrics import bootstrap_interval  # noqa: E402
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -168,7 +171,6 @@ def main() -> None:
     if args.processes > 1:
         given = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
         fill(names, args.seeds, args.processes, given)
-    set_up()
     study = Study(**settings)
     for name in names:
         began, machines = time.monotonic(), set()
