@@ -18,6 +18,7 @@ T, passes = Tile, partial(Tile, passes=True)
 CANDIDATES = {
     "features": [T(128, 64, 8, 2), T(128, 64, 8, 1), T(64, 64, 4, 2), T(64, 32, 4, 2), T(64, 64, 4, 1)],
     "read": [T(128, 64, 8, 2), T(64, 64, 4, 2), T(64, 64, 4, 1), T(64, 32, 4, 2), passes(64, 64, 4, 2)],
+    "read_given": [T(64, 64, 4, 2), T(64, 64, 8, 2), T(128, 64, 8, 2)],
     "products": [T(64, 64, 8, 3), T(64, 64, 8, 4), T(32, 64, 8, 4)],
     "pre_activations": [T(64, 64, 4, 2), T(64, 64, 8, 2), T(128, 64, 8, 2)],
     "hidden": [
@@ -28,7 +29,7 @@ CANDIDATES = {
     "softmax_dq": [T(128, 64, 8, 3), T(64, 64, 4, 2)],
     "softmax_dkv": [T(64, 64, 4, 2), T(64, 32, 4, 3)],
 }
-BOTH = "read", "pre_activations", "hidden"
+BOTH = "pre_activations", "hidden"
 PROGRAMS = (132, 264, 396)
 
 
@@ -55,16 +56,19 @@ def shapes(n: int) -> dict:
 def kernel(name: str, sizes: Tiles, training: bool = False):
     """(function, names of its arguments in `shapes`) that runs one kernel.
 
-    Those of `BOTH` exist in two kinds: `read` as it is and with the features kept for `training`; the others without
-    and with the gradients in v, q and k, which training all parameters needs.
+    Those of `BOTH` exist without and with the gradients in v, q and k, which training all parameters needs.
     """
     rest = PHI, sizes, False
     backward, softmax = gpu_linear_backward, ("x", "keys", "keys", "x", "vector", "vector")
     return {
         "features": (lambda k, keep, w: gpu_linear.features(k, keep, w, *rest), ("x", "keep", "weights")),
         "read": (
-            lambda q, o, weight, w, sums: gpu_linear.read(q, (o, weight), w, sums, *rest, keep_features=training),
+            lambda q, o, weight, w, sums: gpu_linear.read(q, (o, weight), w, sums, *rest),
             ("x", "x", "vector", "weights", "sums"),
+        ),
+        "read_given": (
+            lambda q, o, weight, w, sums, f: gpu_linear.read(q, (o, weight), w, sums, *rest, given=f),
+            ("x", "x", "vector", "weights", "sums", "features"),
         ),
         "products": (
             lambda x, h, dy: [gpu_products.products(dy, b, DIM, *rest[1:]) for b in (x, h)],
@@ -93,6 +97,7 @@ def flops(name: str, n: int, training: bool = False) -> float:
     per_token = {
         "features": phi,
         "read": phi + state,
+        "read_given": state,
         "products": d * f + f * f,
         "pre_activations": (2 if training else 1) * state,
         "hidden": phi + (state if training else 0),

@@ -219,7 +219,7 @@ def test_the_step_of_a_config_can_be_lowered_without_arrays(activations):
 
 
 def test_a_backend_takes_all_that_trains():
-    """Fused kernels in the traced step: softmax sums of each piece; for each rate φ of keys, φ of queries with the
+    """Fused kernels in the traced step: softmax sums of each piece; for each rate φ of keys and of queries, the
     read-out, backward through activations and hidden units of both maps, and sums over tokens for the state, its
     gradient, and two matrices of both maps."""
     wide = dataclasses.replace(WAN, dim=32)  # heads of 16, the narrowest that the kernels take
@@ -236,7 +236,7 @@ def test_a_backend_takes_all_that_trains():
         names = ("softmax", "features", "read", "pre_activations_backward", "hidden_backward", "products")
         return [len(re.findall(rf"name=hybrid_{name}\s", text)) for name in names]
 
-    assert counts("gpu") == [2, 3, 3, 6, 6, 18] and not any(counts("auto"))
+    assert counts("gpu") == [2, 6, 3, 6, 6, 18] and not any(counts("auto"))
 
 
 def test_unknown_choices_are_named():

@@ -15,14 +15,14 @@ from jax.sharding import Mesh, PartitionSpec
 from test_hybrid import U16, U32
 
 from hybrid_dit import surgery
-from hybrid_dit.ops import feature_maps, hybrid
+from hybrid_dit.ops import feature_maps, hybrid, residuals
 from hybrid_dit.ops.kernels import gpu_hybrid, gpu_softmax
 from hybrid_dit.ops.kernels.gpu_tiles import Tile, Tiles, splits
 from hybrid_dit.ops.softmax import softmax_attention
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
 
 D = 16  # the narrowest head that the kernels take
-SMALL = Tiles(*(Tile(rows=32, chunk=16),) * 8, programs=6)
+SMALL = Tiles(*(Tile(rows=32, chunk=16),) * 9, programs=6)
 GRID = (3, 5, 7)  # 105 tokens: four tiles of 32, seven chunks of 16 keys, none of which they fill
 ONE = (GRID, None, 1, 2)
 MAX = AttentionSpec("hybrid", 2)
@@ -207,6 +207,37 @@ def test_gradients_in_q_k_v_are_made_only_where_asked_for():
         assert sorted(outputs) == [(hidden, arrays)] * 2 + [(activations, 1), (activations, arrays - 1)]
 
 
+def test_what_is_kept_spares_the_softmax_a_second_time():
+    """A block computed anew for its backward pass, but for what `residuals.kept` keeps; kernels that are not dead."""
+    point = make_point(MAX)
+
+    def names(policy):
+        run = jax.checkpoint(partial(gpu_hybrid.attention, spec=MAX, grid=GRID, sizes=SMALL), policy=policy)
+
+        def both(*args):
+            y, vjp = jax.vjp(run, *args)
+            return y, vjp(y)
+
+        jaxpr = jax.make_jaxpr(both)(*point).jaxpr
+        return [e.params["name"] for e in live_equations(jaxpr) if e.primitive.name == "pallas_call"]
+
+    assert names(None).count("hybrid_softmax") == names(None).count("hybrid_read") == 2
+    once = names(residuals.kept)
+    assert once.count("hybrid_softmax") == once.count("hybrid_read") == 1
+    assert once.count("hybrid_features") == names(None).count("hybrid_features") == 4  # of queries and keys, twice
+
+
+def live_equations(jaxpr):
+    """Equations whose results are used, as XLA leaves them: kernels have no side effects."""
+    used = set(jaxpr.outvars)
+    for equation in reversed(jaxpr.eqns):
+        if used.intersection(equation.outvars):
+            yield equation
+            used.update(x for x in equation.invars if isinstance(x, core.Var))
+            for inner in core.jaxprs_in_params(equation.params):
+                yield from live_equations(inner)
+
+
 def every_equation(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
@@ -233,8 +264,8 @@ def test_kernels_lower_to_triton_at_full_size():
     f = jax.jit(jax.grad(lambda *args: run(*args).astype(jnp.float32).sum(), (0, 1, 2, 3)))
     with hopper():
         text = f.trace(x, x, x, phi).lower(lowering_platforms=("cuda",)).as_text()
-    # features, products, softmax, read; for q and k: pre-activations, hidden, 2 x products; products for dS; dq, dkv
-    assert text.count("@__gpu$xla.gpu.triton") == 15
+    # softmax, dq, dkv; products, read, products for dS; for q and k: features, pre-activations, hidden, 2 x products
+    assert text.count("@__gpu$xla.gpu.triton") == 16
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from test_tpu_hybrid import QUICK, SMALL, TILED, shifted
 
 from hybrid_dit.ops import feature_maps
 from hybrid_dit.ops.hybrid import attention
-from hybrid_dit.ops.kernels import tpu_hybrid
+from hybrid_dit.ops.kernels import tpu_blocks, tpu_hybrid
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
 
 hybrid = partial(AttentionSpec, "hybrid")
@@ -178,3 +178,20 @@ def test_heads_that_a_tpu_does_not_take_run_on_xla(width):
     f = jax.vmap(partial(attention, spec=spec, grid=grid, backend="tpu"))
     program = jax.jit(lambda *args: jax.vjp(f, *args)[1](args[0])).trace(x, x, x, phi)
     assert program.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == (4 if width == 128 else 0)
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v6e", "tpu7x"])
+def test_all_lengths_lower_for_a_tpu(generation):
+    """Videos of real sizes whose keys fill the last tile, and chunks of it, in part, whole, or not at all."""
+    blocks = tpu_blocks.BLOCKS[generation]
+    for n, rate in ((75600, 1), (75600, 8), (12600, 4), (4725, 2)):  # the last: a sixteenth of the first
+        spec = AttentionSpec("hybrid", rate)
+        x = jax.ShapeDtypeStruct((1, n, 1, 128), jnp.bfloat16)
+        phi = jax.eval_shape(lambda spec=spec: feature_maps.init(jax.random.key(0), 1, 128, spec.feature_map))
+
+        def both(q, k, v, phi, rest=dict(spec=spec, grid=(1, 1, n), blocks=blocks)):  # noqa: B006, B008, C408
+            y, kept = tpu_hybrid.forward_and_residuals(q, k, v, phi, **rest)
+            return tpu_hybrid.backward(q, k, v, phi, y, kept, y, **rest)
+
+        program = jax.jit(both).trace(x, x, x, phi).lower(lowering_platforms=("tpu",)).as_text()
+        assert "tpu_custom_call" in program

@@ -1,7 +1,7 @@
 """Hybrid attention (paper Eq. 5) on a GPU from fused kernels, forward and backward.
 
 Forward: φ of all keys and its sums (`gpu_linear.features`, `gpu_products`), softmax over S's keys (`gpu_softmax`),
-`gpu_linear.read` for φ_q and the quotient. Kept for the backward pass: the inputs, the output y, its denominator and
+`gpu_linear.read` for φ_q and the quotient. Left for the backward pass: the inputs, the output y, its denominator and
 log-normaliser, the state, and the features of q and k, 2 F numbers of 16 bits a token and head.
 
 Backward, with y_i = n_i / Z_i (numerator and denominator of Eq. 5, c_i held fixed): dn_i = g_i / Z_i and
@@ -128,12 +128,8 @@ def _forward(how, q, k, v, softmax_keys, phi, training=True):
     sums = features = None
     y, denominator = out, weight
     if _has_linear(how.spec):
-        sums, of_keys = _state(how, k, v, phi)
-        given = None if out is None else (out, weight)
-        y, denominator, of_queries = gpu_linear.read(
-            q, given, _weights(phi, "q", q), _rounded(sums, q), *_rest(how), keep_features=training
-        )
-        features = of_queries, of_keys
+        softmax = None if out is None else (out, weight)
+        (y, denominator), sums, features = _linear_sums(how, q, k, v, phi, training, softmax)
     y, denominator, c, sums = marked((y, denominator, c, sums))
     return y, (q, k, v, softmax_keys, phi, y, denominator, c, sums, features)
 
@@ -209,20 +205,24 @@ def linear_part(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_part(how, q, k, v, phi):
-    return _linear_sums(how, q, k, v, phi, keep_features=False)[0]
+    return _linear_sums(how, q, k, v, phi, training=False, divide=False)[0]
 
 
-def _linear_sums(how, q, k, v, phi, keep_features):
-    sums, of_keys = _state(how, k, v, phi)
-    weights, rounded, rest = _weights(phi, "q", q), _rounded(sums, q), _rest(how)
-    *out, of_queries = gpu_linear.read(q, None, weights, rounded, *rest, divide=False, keep_features=keep_features)
+def _linear_sums(how, q, k, v, phi, training, softmax=None, divide=True):
+    """(what `gpu_linear.read` returns, sums over keys, features of queries, if `training`, and of keys)."""
+    weights, of_queries = _weights(phi, "q", q), None
+    of_keys = gpu_linear.features(k, _keep(how, k), _weights(phi, _keys_map(how.spec), k), *_rest(how))
+    sums = how.total(gpu_products.products(of_keys, v, k.shape[3], how.sizes, how.interpret))
+    if training:
+        of_queries = gpu_linear.features(q, None, weights, *_rest(how))
+    out = gpu_linear.read(q, softmax, weights, _rounded(sums, q), *_rest(how), divide=divide, given=of_queries)
     return tuple(out), sums, (of_queries, of_keys)
 
 
 def _linear_forward(how, q, k, v, phi):
     inputs = () if any(x.perturbed for x in (q, k, v)) else None  # as structure: residuals are arrays
     q, k, v, phi = q.value, k.value, v.value, jax.tree.map(lambda x: x.value, phi)
-    out, sums, features = _linear_sums(how, q, k, v, phi, keep_features=True)
+    out, sums, features = _linear_sums(how, q, k, v, phi, training=True, divide=False)
     return out, (q, k, v, phi, sums, features, inputs)
 
 
@@ -276,12 +276,6 @@ def _unpadded(gradients, phi) -> dict[str, Array]:
     """Gradients of `gpu_phi.operands` as those of φ's parameters."""
     named = dict(zip(("w0", "b0", "w1", "b1"), gradients))
     return {name: named[name][tuple(map(slice, x.shape))].astype(x.dtype) for name, x in phi.items()}
-
-
-def _state(how, k, v, phi):
-    """(state and normaliser over all tokens, features of the keys at hand)."""
-    features = gpu_linear.features(k, _keep(how, k), _weights(phi, _keys_map(how.spec), k), *_rest(how))
-    return how.total(gpu_products.products(features, v, k.shape[3], how.sizes, how.interpret)), features
 
 
 def _keep(how, k) -> Array:

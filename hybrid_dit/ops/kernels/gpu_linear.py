@@ -2,8 +2,10 @@
 
 `features` writes φ_k(k_j) for the keys of L in 16 bits; `gpu_products` sums them with the values to the state and the
 normaliser. (One kernel for both, which computed φ_k's first layer once per power for want of registers, took 0.52 ms on
-an H200 at 32,760 tokens and 12 heads.) `read` goes over tiles of queries, φ_q fused in, and writes Eq. 5's output, with
-the softmax part's sums given, or the linear part's own sums.
+an H200 at 32,760 tokens and 12 heads.) `read` goes over tiles of queries and writes Eq. 5's output, with the softmax
+part's sums given, or the linear part's own sums. φ_q is fused in, but where a backward pass will want the features of
+queries, too: then `features` writes them first. So a block that is computed anew for its backward pass, but for what
+`ops.residuals` keeps, gets them back without its softmax.
 
 Floor, multiply-adds a token and head at D = 128, F = hidden = 256: φ 98,304, the read-out 32,768, 0.18 TFLOP together
 for 32,760 tokens and 12 heads: 0.23 ms at the 780 TFLOP/s that an H100 reaches at best. Element-wise work takes about
@@ -31,20 +33,20 @@ State = tuple[Array, Array]  # [b, h, f, d] in the inputs' dtype, and the normal
 
 def features(
     x: Float[Array, "b n h d"],
-    keep: Float[Array, "n"],
+    keep: Float[Array, "n"] | None,
     weights: Weights,
     spec: FeatureMapSpec,
     sizes: Tiles,
     interpret: bool,
 ) -> Float[Array, "b h m f"]:
-    """φ(x_i) where `keep` is 1, 0 where it is 0 and in the rows past n; in the dtype of `x`."""
-    shape, tile = features_shape(x, spec.degree), sizes.features
+    """φ(x_i), in the dtype of `x`; 0 where `keep` is, and in rows past n. Without it, those rows are φ(0)."""
+    shape, tile, keep = features_shape(x, spec.degree), sizes.features, () if keep is None else (keep,)
     return pl.pallas_call(
         functools.partial(_features_kernel, phi=gpu_phi.make(spec, x.dtype, interpret), tile=tile),
         grid=(shape.shape[2] // tile.rows, x.shape[2], x.shape[0]),
         in_specs=[
             tiles.tokens_spec(x),
-            pl.BlockSpec(keep.shape, lambda i, h, b: (0,)),
+            tuple(pl.BlockSpec(z.shape, lambda i, h, b: (0,)) for z in keep),
             tuple(tiles.head_spec(w) for w in weights),
         ],
         out_specs=tiles.vector_spec(shape),
@@ -57,9 +59,11 @@ def features(
 
 def _features_kernel(x_ref, keep_ref, weights, out_ref, *, phi, tile):
     start = pl.program_id(0) * tile.rows
-    keep = tiles.rows(keep_ref, start, tile.rows)[:, None] > 0
     for power, of_power, y in phi.each_power(tiles.rows(x_ref, start, tile.rows), weights, tile):
-        out_ref[pl.ds(start, tile.rows), of_power] = jnp.where(keep, phi.features(y, power), 0.0).astype(out_ref.dtype)
+        features = phi.features(y, power)
+        if keep_ref:
+            features = jnp.where(tiles.rows(keep_ref[0], start, tile.rows)[:, None] > 0, features, 0.0)
+        out_ref[pl.ds(start, tile.rows), of_power] = features.astype(out_ref.dtype)
 
 
 def features_shape(x: Array, degree: int) -> jax.ShapeDtypeStruct:
@@ -77,8 +81,8 @@ def read(
     sizes: Tiles,
     interpret: bool,
     divide: bool = True,
-    keep_features: bool = False,
-) -> tuple[Float[Array, "b n h d"], Float[Array, "b h n"], Float[Array, "b h m f"] | None]:
+    given: Float[Array, "b h m f"] | None = None,
+) -> tuple[Float[Array, "b n h d"], Float[Array, "b h n"]]:
     """φ_q(q_i)·state and φ_q(q_i)·normaliser, with the softmax part added.
 
     Args:
@@ -91,48 +95,39 @@ def read(
         sizes: of tiles.
         interpret: run on any platform, slowly.
         divide: whether to write Eq. 5's quotient in the dtype of `q`, or its numerator in float32.
-        keep_features: whether to write the features too, of all m rows.
+        given: φ_q(q_i), from `features`; computed here otherwise.
 
     Returns:
-        (quotient or numerator, denominator in float32, features or None).
+        (quotient or numerator, denominator in float32).
     """
-    (b, n, heads, _), tile = q.shape, sizes.read
-    kept = features_shape(q, spec.degree)
-    shapes = [
-        jax.ShapeDtypeStruct(q.shape, q.dtype if divide else jnp.float32),
-        jax.ShapeDtypeStruct((b, heads, n), jnp.float32),
-    ]
-    specs = [tiles.tokens_spec(shapes[0]), tiles.vector_spec(shapes[1])]
-    if keep_features:
-        shapes.append(kept)
-        specs.append(tiles.vector_spec(kept))
+    (b, n, heads, _), tile = q.shape, sizes.read if given is None else sizes.read_given
+    out = jax.ShapeDtypeStruct(q.shape, q.dtype if divide else jnp.float32)
+    denominator = jax.ShapeDtypeStruct((b, heads, n), jnp.float32)
     softmax = () if softmax is None else softmax
-    out, denominator, *features = pl.pallas_call(
+    of, of_specs = (q, *weights), (tiles.tokens_spec(q), *(tiles.head_spec(x) for x in weights))
+    if given is not None:
+        of, of_specs = (given,), (tiles.vector_spec(given),)
+    return pl.pallas_call(
         functools.partial(_read_kernel, phi=gpu_phi.make(spec, q.dtype, interpret), tile=tile, divide=divide),
-        grid=(kept.shape[2] // tile.rows, heads, b),
+        grid=(pl.cdiv(n, tile.rows), heads, b),
         in_specs=[
-            tiles.tokens_spec(q),
+            of_specs,
             tuple(f(x) for f, x in zip((tiles.tokens_spec, tiles.vector_spec), softmax)),
-            tuple(tiles.head_spec(x) for x in weights),
             tuple(tiles.vector_spec(x) for x in sums),
         ],
-        out_specs=specs,
-        out_shape=shapes,
+        out_specs=(tiles.tokens_spec(out), tiles.vector_spec(denominator)),
+        out_shape=(out, denominator),
         compiler_params=tiles.params(tile),
         interpret=interpret,
         name="hybrid_read",
-    )(q, softmax, weights, sums)
-    return out, denominator, features[0] if features else None
+    )(of, softmax, sums)
 
 
-def _read_kernel(q_ref, softmax, weights, sums, out_ref, denominator_ref, kept_ref=None, *, phi, tile, divide):
-    start = pl.program_id(0) * tile.rows
-    q, (state_ref, normaliser_ref) = tiles.rows(q_ref, start, tile.rows), sums
-    numerator, denominator = jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:1], jnp.float32)
-    for power, of_power, y in phi.each_power(q, weights, tile):
-        features = phi.features(y, power).astype(q.dtype)
-        if kept_ref is not None:
-            kept_ref[pl.ds(start, tile.rows), of_power] = features
+def _read_kernel(of, softmax, sums, out_ref, denominator_ref, *, phi, tile, divide):
+    start, (state_ref, normaliser_ref) = pl.program_id(0) * tile.rows, sums
+    numerator = jnp.zeros((tile.rows, out_ref.shape[1]), jnp.float32)
+    denominator = jnp.zeros((tile.rows,), jnp.float32)
+    for of_power, features in _features_of(of, start, phi, tile, out_ref.shape[1]):
         numerator += dot(features, state_ref[of_power, :])
         denominator += (features.astype(jnp.float32) * normaliser_ref[of_power][None]).sum(axis=1)
     if softmax:
@@ -143,3 +138,15 @@ def _read_kernel(q_ref, softmax, weights, sums, out_ref, denominator_ref, kept_r
         numerator = numerator * (1.0 / jnp.maximum(denominator, tiles.TINY))[:, None]
     tiles.store_rows(out_ref, start, numerator)
     tiles.store_rows(denominator_ref, start, denominator)
+
+
+def _features_of(of, start, phi, tile, d):
+    """Yields (columns, features) of every power: read, or computed from (queries, weights)."""
+    if len(of) == 1:
+        for part in tiles.slices(d, of[0].shape[1]):
+            yield part, of[0][pl.ds(start, tile.rows), part]
+        return
+    q_ref, *weights = of
+    q = tiles.rows(q_ref, start, tile.rows)
+    for power, of_power, y in phi.each_power(q, weights, tile):
+        yield of_power, phi.features(y, power).astype(q.dtype)

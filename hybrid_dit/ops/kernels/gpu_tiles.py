@@ -39,8 +39,9 @@ class Tiles:
     """Sizes of all kernels, for Hopper; `benchmarks/attention_gpu.py` measures others.
 
     Attributes:
-        features: φ of keys.
+        features: φ of keys; of queries, too, where there will be a backward pass.
         read: φ of queries, and read-out of the state.
+        read_given: read-out of the state alone.
         products: sums over tokens.
         pre_activations: backward through φ's activations.
         hidden: backward through φ's hidden units.
@@ -52,6 +53,7 @@ class Tiles:
 
     features: Tile = Tile(rows=64, warps=4)
     read: Tile = Tile(rows=64, warps=4)
+    read_given: Tile = Tile(rows=64, warps=4)
     products: Tile = Tile(rows=64, stages=4)
     pre_activations: Tile = Tile(rows=64, warps=4)
     hidden: Tile = Tile(rows=64, warps=4, stages=1)

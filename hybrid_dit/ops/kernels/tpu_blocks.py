@@ -122,7 +122,8 @@ def zeros_past_end(x: Array, start: Array, n: int, used: int) -> Array:
         used: a number of rows of `x` that are there wherever it starts.
     """
     row = start + used + jax.lax.broadcasted_iota(jnp.int32, (x.shape[0] - used, 1), 0)
-    return jnp.concatenate([x[:used], jnp.where(row < n, x[used:], 0.0)])
+    rest = jnp.where(row < n, x[used:], 0.0)
+    return jnp.concatenate([x[:used], rest]) if used else rest  # the compiler for TPUs has no empty arrays
 
 
 def first_spec(first: Array | None) -> pl.BlockSpec | None:

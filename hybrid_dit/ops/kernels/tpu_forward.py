@@ -107,7 +107,7 @@ def outputs(q, softmax, params, sums, heads, spec, blocks, interpret, keep):
         keep: whether the second result is wanted.
     """
     b, n, d = q.shape[0], q.shape[1], q.shape[2] // heads
-    rows, size = tiles(n, blocks.queries, 16)
+    rows, size = tiles(n, blocks.queries, LANES if keep else 16)  # of what is kept, a token is a column
     m = softmax[0].shape[1] if softmax else 0
     steps, width = tiles(m, blocks.keys, LANES) if softmax else (1, 0)
     tile = pl.BlockSpec((None, size, d), lambda i, j, r, s: (i, r, j))
@@ -188,7 +188,8 @@ def _softmax_step(q_ref, k_ref, v_ref, sum_ref, top_ref, weight_ref, *, m, chunk
         if start + size > width - unused:
             used = max(width - unused - start, 0) // LANES * LANES  # columns before this one exist in every tile
             key = step * width + start + used + jax.lax.broadcasted_iota(jnp.int32, (1, size - used), 1)
-            s = jnp.concatenate([s[:, :used], jnp.where(key < m, s[:, used:], -jnp.inf)], axis=1)
+            rest = jnp.where(key < m, s[:, used:], -jnp.inf)
+            s = jnp.concatenate([s[:, :used], rest], axis=1) if used else rest
             v = zeros_past_end(v, step * width + start, m, used)
         before = top_ref[...]
         top = jnp.maximum(before, s.max(axis=1, keepdims=True))
