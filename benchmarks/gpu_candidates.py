@@ -1,7 +1,6 @@
 """Each GPU kernel alone, and tile sizes worth trying: what `attention_gpu.py` times and `triton_aot.py` compiles."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +11,12 @@ from hybrid_dit.ops.spec import FeatureMapSpec
 
 HEADS, DIM, RATE = 12, 128, 8
 PHI = FeatureMapSpec()
-T, passes = Tile, partial(Tile, passes=True)
+T = Tile
 
 # Of those that fit shared memory by `triton_aot.py`; spills outside loops cost little.
 CANDIDATES = {
-    "features": [
-        *(T(128, 64, 8, 2), T(64, 64, 4, 2), T(64, 32, 4, 2), T(64, 64, 4, 1)),
-        *(passes(64, 64, 4, 2), passes(64, 32, 4, 2), passes(128, 32, 4, 2)),
-    ],
-    "read": [T(128, 64, 8, 2), T(64, 64, 4, 2), T(64, 64, 4, 1), T(64, 32, 4, 2), passes(64, 64, 4, 2)],
+    "features": [T(128, 64, 8, 2), T(64, 64, 4, 2), T(64, 32, 4, 2), T(64, 64, 4, 1)],
+    "read": [T(128, 64, 8, 2), T(64, 64, 4, 2), T(64, 64, 4, 1), T(64, 32, 4, 2)],
     "read_given": [T(64, 64, 4, 2), T(64, 64, 8, 2), T(128, 64, 8, 2)],
     "products": [T(64, 64, 8, 3), T(64, 64, 8, 4), T(32, 64, 8, 4)],
     "pre_activations": [T(64, 64, 4, 2), T(64, 64, 8, 2), T(128, 64, 8, 2)],

@@ -1,14 +1,14 @@
 """The paper's tables in miniature, on the bundled model.
 
     python benchmarks/miniature distillation                # one table
-    python benchmarks/miniature all --processes=12          # all of them: about 18 minutes on one H200 with 16 cores
+    python benchmarks/miniature all --processes=12          # all of them; a third took 9 minutes on an H200
 
 Tables: distillation, rates, selection, loss, feature_maps, finetuning, stabiliser, pattern (scores of videos), errors
 and widths (errors of blocks). Each writes TABLE.md and TABLE.json into docs/results/miniature (or `--out`), from what
-is in `measured/` there: what is missing is measured first, and kept, so interrupt it when you like.
-Scores are those of `hybrid_dit.scoring`, 0 to 100, on held-out prompts that no error
-was measured on, from one and the same noise; every distillation is made with several seeds. Scores are means over
-seeds, intervals 95% bootstrap over videos (of their means over seeds).
+is in `measured/` there: what is missing is measured first, and kept, so interrupt it when you like. Scores are those of
+`hybrid_dit.scoring`, 0 to 100, on held-out prompts that no error was measured on, from one and the same noise; every
+distillation is made with several seeds. Scores are means over seeds, intervals 95% bootstrap over videos (of their
+means over seeds).
 """
 
 import argparse

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -44,28 +45,36 @@ def locked(path: Path):
 class Measured:
     """A file of what was measured: JSON lines, found by some of their values."""
 
-    def __init__(self, path: Path):
-        self.path, self.machines = path, set()
+    def __init__(self, path: Path, locks: Path):
+        self.path, self.locks, self.machines = path, locks, set()
 
-    def find(self, key: Mapping) -> dict | None:
-        """The line with these values, if there is one; `machines` remembers who measured it."""
-        for line in self.path.read_text().splitlines() if self.path.is_file() else ():
-            found = json.loads(line)
-            if all(found[name] == value for name, value in key.items()):
-                self.machines.add(found["machine"])
-                return found
-        return None
+    def get(self, key: Mapping, measure: Callable[[], Mapping]) -> dict:
+        """The line with these values; what `measure` returns is added as one where there is none.
 
-    def add(self, key: Mapping, values: Mapping) -> dict:
-        """Appends a line; returns it."""
-        machine = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
-        line = {**key, "machine": machine, **values}
-        self.machines.add(machine)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps(line) + "\n")
+        Whoever wants the same line at that time waits for it. `machines` remembers who measured it.
+        """
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        with locked(self.locks / f"{self.path.stem}_{name}"):
+            line = self._find(key)
+            if line is None:
+                machine = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+                line = {**key, "machine": machine, **measure()}
+                self._add(line)
+        self.machines.add(line["machine"])
         return line
+
+    def _find(self, key):
+        lines = self.path.read_text().splitlines() if self.path.is_file() else ()
+        found = (json.loads(line) for line in lines)
+        return next((line for line in found if all(line[name] == value for name, value in key.items())), None)
+
+    def _add(self, line):
+        with locked(self.locks / self.path.stem):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            before = self.path.read_text() if self.path.is_file() else ""
+            new = self.path.with_suffix(".new")
+            new.write_text(before + json.dumps(line) + "\n")
+            new.replace(self.path)  # at once, for those who read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +121,9 @@ class Study:
         first = self.config.distill.held_out_prompts
         self.prompts = read_prompts(self.config.prompts.held_out)[first : first + videos]
         self.scenes = [parse_prompt(prompt) for prompt in self.prompts]
-        self.all_errors, self.all_scores = (Measured(measured / f"{x}.jsonl") for x in ("errors", "scores"))
+        self.all_errors, self.all_scores = (
+            Measured(measured / f"{x}.jsonl", work / "locks") for x in ("errors", "scores")
+        )
 
     # Distillation
 
@@ -146,12 +157,13 @@ class Study:
     ) -> np.ndarray:
         """Held-out errors [B, labels] of a distillation, in the config's order; it runs unless they are known."""
         key = {"distillation": self._name(seed, changed, model), "trajectories": self.trajectories}
-        line = self.all_errors.find(key)
-        if line is None:
+
+        def measure():
             file, labels = self.distilled(seed, changed, model) / "errors.csv", list(self.config.distill.rates)
             columns = {name: select_rates.read_errors(file, labels, name) for name in ("undistilled", "distilled")}
-            line = self.all_errors.add(key, {name: np.round(x, 6).tolist() for name, x in columns.items()})
-        return np.array(line[column])
+            return {name: np.round(x, 6).tolist() for name, x in columns.items()}
+
+        return np.array(self.all_errors.get(key, measure)[column])
 
     # Choices
 
@@ -195,19 +207,18 @@ class Study:
             "seed": seed if set(choice) != {"softmax"} else 0,  # the teacher knows no seed
             "choice": " ".join(choice),
         }
-        found = self.all_scores.find(key)
-        if found is None:
-            folder, specs = (
-                self.distilled(seed, row.distill),
-                specs_from_config(self.settings(seed, row.distill).distill),
-            )
+
+        def measure():
+            folder = self.distilled(seed, row.distill)
+            specs = specs_from_config(self.settings(seed, row.distill).distill)
             if row.finetune:
                 params = self._finetuned(row, seed, folder, choice)
             else:
                 _, params = surgery.assemble(self.pipeline.dit, load_maps(folder / row.maps), choice, specs)
             print(f"score: {row.name}, seed {seed}", flush=True)
-            found = self.all_scores.add(key, self._videos_scores(params, choice, specs, load_maps(folder / row.maps)))
-        return found | {"choice": choice}
+            return self._videos_scores(params, choice, specs, load_maps(folder / row.maps))
+
+        return self.all_scores.get(key, measure) | {"choice": choice}
 
     def teacher(self) -> dict:
         """The teacher's scores."""

@@ -16,7 +16,7 @@ def choose(backend: str, spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -
 
     What the kernels don't take (softmax attention on a GPU, where cuDNN has it, a feature map of one's own, a head
     width other than 128 on a TPU, float16, on a GPU float32) runs on XLA whatever is asked for. "auto" is "tpu" or
-    "gpu" where a program is for one TPU, or for one GPU of a kind that the kernels were measured on: inside `shard_map`
+    "gpu" where a program is for one TPU, or for one GPU of a kind that the kernels are tuned for: inside `shard_map`
     over such devices (with check_vma=False), as `ops.context_parallel` runs attention, or in a process with a single
     one. It is "xla" everywhere else: the compiler can't split a kernel over several devices by itself.
 
@@ -27,7 +27,7 @@ def choose(backend: str, spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -
         raise UserError(f"attention backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
         platform, kind = _device()
-        tpu, gpu = platform == "tpu" and tpu_hybrid.aligned(head_dim), platform == "gpu" and gpu_hybrid.measured(kind)
+        tpu, gpu = platform == "tpu" and tpu_hybrid.aligned(head_dim), platform == "gpu" and gpu_hybrid.tuned(kind)
         backend = "tpu" if tpu else "gpu" if gpu else "xla"
     kernels = {"tpu": tpu_hybrid, "gpu": gpu_hybrid}.get(backend)
     return backend if kernels and kernels.fits(spec, head_dim, dtype) else "xla"

@@ -69,8 +69,11 @@ def test_auto_goes_by_the_mesh_inside_shard_map():
     assert seen == [("tpu", tpu_blocks.BLOCKS["v6e"].queries), ("xla", tpu_blocks.BLOCKS["v5e"].queries)]
 
 
-@pytest.mark.parametrize("kind, count, chosen", [("H100 80GB HBM3", 1, "gpu"), ("H200", 2, "xla"), ("A100", 1, "xla")])
-def test_auto_on_a_gpu_is_gpu_where_kernels_were_measured(monkeypatch, kind, count, chosen):
+@pytest.mark.parametrize(
+    "kind, count, chosen",
+    [("H100 80GB HBM3", 1, "gpu"), ("H200", 1, "gpu"), ("H200", 2, "xla"), ("GH200", 1, "xla"), ("A100", 1, "xla")],
+)
+def test_auto_on_a_gpu_is_gpu_where_kernels_are_tuned(monkeypatch, kind, count, chosen):
     pretend(monkeypatch, "gpu", f"NVIDIA {kind}", count)
     assert backends.choose("auto", R2, 128, jnp.bfloat16) == chosen
     assert backends.choose("gpu", R2, 128, jnp.bfloat16) == "gpu"

@@ -59,9 +59,9 @@ def fits(spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -> bool:
     return spec.converted and gpu_phi.fits(spec.feature_map) and widths and dtype in dtypes
 
 
-def measured(device_kind: str) -> bool:
-    """Whether the kernels have run on such a GPU; on others tiles may not fit, or be slow."""
-    return any(name in device_kind for name in ("H100", "H200"))
+def tuned(device_kind: str) -> bool:
+    """Whether tiles are of the sizes for such a GPU (measured on an H200); on others they may not fit, or be slow."""
+    return device_kind.startswith(("NVIDIA H100", "NVIDIA H200"))
 
 
 def _has_gpu() -> bool:

@@ -14,8 +14,8 @@ activation's slope being known from its value. With the map x -> gelu(a) w1 + b1
 Distillation needs no dx and dv.
 
 Floor, multiply-adds a token and head at D = 128, F = hidden = 256: `pre_activations` 32,768, and as many for dv;
-`hidden` 98,304 and 32,768 for dx. Both run for queries and keys: 0.2 TFLOP for stage 1 and 0.26 for stage 3 with 32,760
-tokens and 12 heads, 0.26 and 0.33 ms at 780 TFLOP/s. Memory: 0.5 GB and 0.7 GB for each of the two runs, so 0.24 and
+`hidden` 98,304 and 32,768 for dx. Both run for queries and keys: 0.2 TFLOP for stage 1 and 0.28 for stage 3 with 32,760
+tokens and 12 heads, 0.26 and 0.36 ms at 780 TFLOP/s. Memory: 0.5 GB and 0.7 GB for each of the two runs, so 0.24 and
 0.33 ms at 4.3 TB/s.
 """
 

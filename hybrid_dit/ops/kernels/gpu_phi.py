@@ -2,9 +2,10 @@
 
 A tile's φ is computed as flash attention computes its output: a loop over chunks of hidden units, each of which exists
 in registers only, with the pre-activations of φ as accumulators, one [t, d] for each power of the polynomial. (Triton
-can't slice a value in registers, hence an accumulator per power.) Weights, 192 KiB a head and map at D = 128, P = 2,
-don't fit beside everything else; they come from the L2 cache for every tile. At 32,760 tokens and 12 heads and with
-tiles of 128 tokens that is 0.6 GB, a tenth of a millisecond that runs beside the products.
+can't slice a value in registers, hence an accumulator per power.) Where there are too many of them, the loop runs once
+for each power. Weights, 192 KiB a head and map at D = 128, P = 2, don't fit beside everything else; they come from the
+L2 cache for every tile. At 32,760 tokens and 12 heads and with tiles of 64 tokens that is 1.2 GB for a map, 0.2 ms of a
+cache that gives 5.5 TB/s.
 """
 
 import dataclasses
@@ -25,6 +26,8 @@ LOG2E = math.log2(math.e)
 GELU = math.sqrt(2 / math.pi)
 # log(1 + e) / e on [0, 1], interpolated at Chebyshev points; relative error 2^-16.
 LOG1P = (0.99999059, -0.49931465, 0.32484958, -0.20907954, 0.10013973, -0.023443656)
+
+WIDEST = 256  # pre-activations of a token in registers at a time: more spill, and chunks of w1 outgrow shared memory
 
 _POLY = feature_maps.FEATURE_MAPS["poly"].apply  # by function: a user may register another map under this name
 
@@ -162,9 +165,10 @@ class Phi:
     def each_power(self, x: Array, refs, tile: Tile):
         """Yields (power, its columns of the features, pre-activations [t, d]) for all powers, ready when asked for."""
         parts = slices(x.shape[1], refs[2].shape[1])
-        ys = [] if tile.passes else self.pre_activations(x, refs, tile.chunk, parts)
+        together = refs[2].shape[1] <= WIDEST
+        ys = self.pre_activations(x, refs, tile.chunk, parts) if together else []
         for power, part in enumerate(parts):
-            yield power, part, self.pre_activations(x, refs, tile.chunk, [part])[0] if tile.passes else ys[power]
+            yield power, part, ys[power] if together else self.pre_activations(x, refs, tile.chunk, [part])[0]
 
 
 def make(spec: FeatureMapSpec, dtype: DTypeLike, interpret: bool) -> Phi:

@@ -4,7 +4,7 @@ The linear part's state and normaliser, their gradients, and the gradients of φ
 form. Several programs share the tokens of a head, and what they find is added in a fixed order: no atomics, the same
 bits every time.
 
-Floor at D = 128, F = 256, 32,760 tokens and 12 heads: 0.026 TFLOP and 0.3 GB for the state, 0.08 ms at the 4.3 TB/s
+Floor at D = 128, F = 256, 32,760 tokens and 12 heads: 0.026 TFLOP and 0.3 GB for the state, 0.07 ms at the 4.3 TB/s
 that an H200 copies with; 0.077 TFLOP and 0.7 GB for the gradients of one map's two matrices, 0.16 ms.
 """
 

@@ -23,15 +23,12 @@ class Tile:
         chunk: hidden units, or keys of softmax, that a step of the inner loop takes.
         warps: of 32 threads.
         stages: of the software pipeline that loads what the loop takes next.
-        passes: whether `features` and `read` go over the hidden units once for each power of φ: a quarter more
-            products at P = 2, but half as many accumulators.
     """
 
     rows: int = 128
     chunk: int = 64
     warps: int = 8
     stages: int = 2
-    passes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
