@@ -32,10 +32,10 @@ from hybrid_dit.ops import feature_maps, hybrid
 from hybrid_dit.ops.kernels import gpu_hybrid, gpu_tiles
 from hybrid_dit.ops.kernels.gpu_tiles import Tiles
 from hybrid_dit.ops.softmax import softmax_attention
-from hybrid_dit.ops.spec import AttentionSpec
+from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
 
 HEADS, DIM = candidates.HEADS, candidates.DIM
-CHECKED = (1000, 2), (2311, 8)  # tokens, rate
+CHECKED = (1000, 2, 2), (2311, 8, 2), (1000, 4, 3)  # tokens, rate, powers of φ
 STEPS = ("check", "tune", "stage1", "sweep")
 
 
@@ -113,11 +113,11 @@ def time_all(jobs, report, deadline, extra=lambda labels, ms: {}) -> None:
             report.add(**labels, error=shown(error))
 
 
-def make_inputs(n: int, dtype=jnp.bfloat16):
+def make_inputs(n: int, feature_map: FeatureMapSpec = candidates.PHI, dtype=jnp.bfloat16):
     """Random (q, k, v), φ in float32 with features that matter, and a cotangent."""
     keys = jax.random.split(jax.random.key(0), 5)
     q, k, v, g = (jax.random.normal(key, (1, n, HEADS, DIM), dtype) for key in keys[:4])
-    phi = feature_maps.init(keys[4], HEADS, DIM, candidates.PHI)
+    phi = feature_maps.init(keys[4], HEADS, DIM, feature_map)
     return (q, k, v), phi, g
 
 
@@ -132,16 +132,17 @@ def with_gradients(run, q, k, v, phi, g):
 
 def check(report, deadline, sizes, backends) -> None:
     """Relative errors of every output against float32, ours and XLA's in bfloat16."""
-    for n, rate in CHECKED:
-        (q, k, v), phi, g = make_inputs(n)
+    for n, rate, degree in CHECKED:
+        feature_map = FeatureMapSpec(degree=degree)
+        (q, k, v), phi, g = make_inputs(n, feature_map)
         for stabiliser in ("max", "lse"):
-            spec = AttentionSpec("hybrid", rate, stabiliser=stabiliser)
+            spec = AttentionSpec("hybrid", rate, feature_map=feature_map, stabiliser=stabiliser)
             plain = partial(hybrid.attention, spec=spec, grid=(1, 1, n), backend="xla")
             exact = jax.tree.map(lambda x: x.astype(jnp.float32), (q, k, v, phi, g))
             with jax.default_matmul_precision("highest"):
                 truth = jax.jit(partial(with_gradients, plain))(*exact)
             runs = {"xla": plain} | {f"gpu {name}": fused(spec, n, sizes, name) for name in backends}
-            labels, args = {"n": n, "rate": rate, "stabiliser": stabiliser}, (q, k, v, phi, g)
+            labels, args = {"n": n, "rate": rate, "P": degree, "stabiliser": stabiliser}, (q, k, v, phi, g)
             jobs = [({**labels, "backend": name}, partial(with_gradients, run), args) for name, run in runs.items()]
             base = None
             for labels, compiled, args in compile_all(jobs, report, deadline):
