@@ -16,7 +16,7 @@ from test_hybrid import U16, U32
 
 from hybrid_dit import surgery
 from hybrid_dit.ops import feature_maps, hybrid, residuals
-from hybrid_dit.ops.kernels import gpu_hybrid, gpu_phi, gpu_softmax
+from hybrid_dit.ops.kernels import gpu_hybrid, gpu_linear, gpu_phi, gpu_softmax
 from hybrid_dit.ops.kernels.gpu_tiles import Tile, Tiles, splits
 from hybrid_dit.ops.softmax import softmax_attention
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
@@ -159,6 +159,18 @@ def test_under_vmap_checkpoint_and_shard_map():
         _, alone = compiled(MAX)(point, cotangent_of(point))
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(tuple(alone))):
             assert np.linalg.norm(a[i] - b) <= 1e-6 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_features_have_no_row_that_is_not_written(given):
+    """Whatever was in memory (NaN, where interpreted) would go into sums over tokens, and 0 times NaN is NaN."""
+    point = make_point(LINEAR, ((1, 5, 7), None, 1, 1))  # two tiles of 32, of the four in 128 rows
+    weights = gpu_phi.operands(point.phi["k"], jnp.float32)
+    keep = jnp.ones(35).at[::2].set(0.0) if given else None
+    found = gpu_linear.features(point.k, keep, weights, LINEAR.feature_map, SMALL, interpret=True)
+    assert found.shape == (1, 1, 128, D) and np.isfinite(found).all()
+    if given:
+        assert not found[:, :, 35:].any() and not found[:, :, :35:2].any() and found[:, :, 1:35:2].all()
 
 
 # The linear part of stage 1

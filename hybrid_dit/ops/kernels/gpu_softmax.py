@@ -187,7 +187,7 @@ def _dkv_kernel(q_ref, k_ref, v_ref, g_ref, delta_ref, normaliser_ref, dk_ref, d
 def cudnn_forward(q: Array, k: Array, v: Array, want_c: bool) -> tuple[Array, Array, Array | None]:
     """As `forward`, with c_i the log-sum-exp; 16-bit inputs on a GPU.
 
-    Eq. 5 itself doesn't need it, since w_i = 1: without `want_c` it is None, and cuDNN 6% faster.
+    Eq. 5 itself doesn't need it, since w_i = 1: without `want_c` it is None, and cuDNN is not asked for it.
     """
     out = _cudnn(k.shape[1], residual=want_c)(q, k, v)
     out, c = (out[0], out[1].astype(jnp.float32)) if want_c else (out, None)
