@@ -3,20 +3,23 @@
     python benchmarks/attention_gpu.py --out=DIR            # about six minutes on an H100 or H200
     python benchmarks/attention_gpu.py --out=DIR --apply    # and makes the best tiles the defaults, in gpu_tiles.py
 
-Four steps, each with a file of rows in DIR, written as they come; --steps picks some:
+Five steps, each with a file of rows in DIR, written as they come; --steps picks some:
     check    small shapes in bfloat16: errors of values and gradients against float32 XLA, beside those of bfloat16 XLA
     tune     every kernel by itself at 32,760 tokens, R = 8: all of `gpu_candidates.py`; the best are used below
     stage1   the linear part and its gradient in φ under an L1 loss, as distillation runs it: XLA and fused
     sweep    attention 1 x N x 12 x 128 forward, and forward with all gradients, for N, R, stabiliser and backend
+    profile  what each kernel takes within the forward pass at every N and R, by JAX's profiler, log-sum-exp and max
 A variant that fails is a row with its error. Speed-ups are over softmax attention by cuDNN, the floor is the ratio of
 the FLOPs that the methods need (`hybrid_dit.cost`; with gradients 3.5 times softmax's and 3 times φ's).
 """
 
 import argparse
+import collections
 import csv
 import dataclasses
 import json
 import re
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -36,7 +39,7 @@ from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
 
 HEADS, DIM = candidates.HEADS, candidates.DIM
 CHECKED = (1000, 2, 2), (2311, 8, 2), (1000, 4, 3)  # tokens, rate, powers of φ
-STEPS = ("check", "tune", "stage1", "sweep")
+STEPS = ("check", "tune", "stage1", "sweep", "profile")
 
 
 class Report:
@@ -174,8 +177,8 @@ def fused(spec, n, sizes, softmax):
 def tune(report, deadline, n: int = 32760) -> Tiles:
     """Times every candidate; returns the fastest of each kernel, and the best number of programs."""
     shapes, key, chosen = candidates.shapes(n), jax.random.key(0), {}
-    arrays = jax.tree.map(lambda x: 0.1 * jax.random.normal(key, x.shape, x.dtype), shapes)
-    arrays["keep"] = (jnp.arange(n) % candidates.RATE != 0).astype(jnp.float32)
+    arrays = jax.tree.map(lambda x: (0.1 * jax.random.normal(key, x.shape)).astype(x.dtype), shapes)
+    arrays["listed"] = jnp.asarray(candidates.listed(n))
 
     def job(name, sizes, training=False, **labels):
         function, inputs = candidates.kernel(name, sizes, training)
@@ -273,6 +276,37 @@ def sweep(report, deadline, sizes, backends, tokens, rates) -> None:
             time_all(jobs, report, deadline, extra)
 
 
+def profile(report, sizes, softmax, tokens, rates, calls: int = 10) -> None:
+    """Kernels of the forward pass, those of cuDNN's softmax over all keys first."""
+    for n in tokens:
+        (q, k, v), phi, _ = make_inputs(n)
+        runs = {(0, ""): jax.jit(lambda q, k, v, phi: softmax_attention(q, k, v))}
+        for rate in rates:
+            for stabiliser in ("lse", "max"):
+                spec = AttentionSpec("hybrid", rate, stabiliser=stabiliser)
+                runs[rate, stabiliser] = jax.jit(fused(spec, n, sizes, softmax))
+        for (rate, stabiliser), run in runs.items():
+            for kernel, count, ms in kernels_of(run, (q, k, v, phi), calls):
+                labels = {"n": n, "rate": rate, "stabiliser": stabiliser, "kernel": kernel}
+                report.add(**labels, calls=count / calls, ms=ms / calls)
+
+
+def kernels_of(run, args, calls: int) -> list[tuple[str, int, float]]:
+    """(name, how many ran, milliseconds of all) of the kernels in `calls` calls, longest first."""
+    jax.block_until_ready(run(*args))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready([run(*args) for _ in range(calls)])
+        file = next(Path(folder).rglob("*.xplane.pb"))
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        found = collections.defaultdict(lambda: [0, 0.0])
+        for line in (x for plane in planes if plane.name.startswith("/device:") for x in plane.lines):
+            for event in line.events if line.name.startswith("Stream") else ():
+                found[event.name][0] += 1
+                found[event.name][1] += event.duration_ns / 1e6
+    return sorted(((name, *x) for name, x in found.items()), key=lambda x: -x[2])
+
+
 def apply(sizes: Tiles) -> None:
     """Makes `sizes` the defaults in the source of `gpu_tiles`."""
     path = Path(gpu_tiles.__file__)
@@ -319,6 +353,8 @@ def main():
             check(Report(args.out, "check_tuned"), deadline, sizes, args.softmax)
         elif step == "stage1":
             stage1(report, deadline, sizes)
+        elif step == "profile":
+            profile(report, sizes, args.softmax[0], args.tokens, args.rates)
         else:
             sweep(report, deadline, sizes, args.softmax, args.tokens, args.rates)
         print(f"{step}: {time.monotonic() - began:.0f} s", flush=True)

@@ -31,12 +31,23 @@ COMPILE = r"""
 import json, re, subprocess, sys, tempfile, triton
 from pathlib import Path
 from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton._C.libtriton import ir
+target = GPUTarget("cuda", 90, 32)
+backend = make_backend(target)
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 for path in sys.argv[1:]:
     about = json.loads(Path(path).with_suffix(".json").read_text())
     try:
         options = {"num_warps": about["warps"], "num_stages": about["stages"]}
-        kernel = triton.compile(path, target=GPUTarget("cuda", 90, 32), options=options)
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        module = ir.parse_mlir_module(path, context)  # a file skips the first stage, in which sums join their products
+        module.context = context
+        backend.make_ttir(module, {}, backend.parse_options(options), 90)
+        Path(path).write_text(str(module))
+        kernel = triton.compile(path, target=target, options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()

@@ -22,7 +22,7 @@ from hybrid_dit.ops.kernels.gpu_tiles import LONGEST, TINY, Tiles
 from hybrid_dit.ops.residuals import marked
 from hybrid_dit.ops.shards import Shard
 from hybrid_dit.ops.spec import AttentionSpec
-from hybrid_dit.ops.tokens import Grid, linear_keys, softmax_tokens
+from hybrid_dit.ops.tokens import Grid, linear_keys, linear_rows, softmax_tokens
 
 SOFTMAX = ("cudnn", "triton")
 
@@ -211,8 +211,9 @@ def _linear_part(how, q, k, v, phi):
 def _linear_sums(how, q, k, v, phi, training, softmax=None, divide=True):
     """(what `gpu_linear.read` returns, sums over keys, features of queries, if `training`, and of keys)."""
     weights, of_queries = _weights(phi, "q", q), None
-    of_keys = gpu_linear.features(k, _keep(how, k), _weights(phi, _keys_map(how.spec), k), *_rest(how))
-    sums = how.total(gpu_products.products(of_keys, v, k.shape[3], how.sizes, how.interpret))
+    listed = _listed(how, k)
+    of_keys = gpu_linear.features(k, listed, _weights(phi, _keys_map(how.spec), k), *_rest(how))
+    sums = how.total(gpu_products.products(of_keys, v, k.shape[3], how.sizes, how.interpret, listed=listed))
     if training:
         of_queries = gpu_linear.features(q, None, weights, *_rest(how))
     out = gpu_linear.read(q, softmax, weights, _rounded(sums, q), *_rest(how), divide=divide, given=of_queries)
@@ -253,21 +254,25 @@ def _linear_backward(how, q, k, v, phi, sums, features, dn, dl, inputs: bool):
     """
     rest, keys = _rest(how), _keys_map(how.spec)
     d, weights_q, weights_k = q.shape[3], _weights(phi, "q", q), _weights(phi, keys, k)
+    listed = _listed(how, k)
     dy_q, _ = gpu_linear_backward.pre_activations(features[0], dn, dl, _rounded(sums, q), *rest)
     dsums = how.total(gpu_products.products(features[0], dn, d, *rest[1:], weight=dl))
-    dy_k, dv = gpu_linear_backward.pre_activations(features[1], v, None, _rounded(dsums, k), *rest, values=inputs)
+    dy_k, dv = gpu_linear_backward.pre_activations(
+        features[1], v, None, _rounded(dsums, k), *rest, values=inputs, listed=listed
+    )
     dphi, dx = jax.tree.map(jnp.zeros_like, phi), []
-    for name, x, dy, weights in (("q", q, dy_q, weights_q), (keys, k, dy_k, weights_k)):
-        found, into = _map_backward(how, x, dy, weights, inputs)
+    for name, x, dy, weights, tokens in (("q", q, dy_q, weights_q, None), (keys, k, dy_k, weights_k, listed)):
+        found, into = _map_backward(how, x, dy, weights, inputs, tokens)
         dphi[name] = jax.tree.map(jnp.add, dphi[name], _unpadded(found, phi[name]))
         dx.append(into)
     return dphi, (*dx, dv)
 
 
-def _map_backward(how, x, dy, weights, inputs):
+def _map_backward(how, x, dy, weights, inputs, listed):
     """Gradients of one map: (in w0, b0, w1 and b1 as `gpu_phi.operands` has them, in x or None)."""
-    h, da, dx = gpu_linear_backward.hidden(x, dy, weights, *_rest(how), inputs=inputs)
-    sums = (gpu_products.products(*of, x.shape[3], how.sizes, how.interpret) for of in ((da, x), (dy, h)))
+    h, da, dx = gpu_linear_backward.hidden(x, dy, weights, *_rest(how), inputs=inputs, listed=listed)
+    rest = x.shape[3], how.sizes, how.interpret
+    sums = gpu_products.products(da, x, *rest, listed=listed), gpu_products.products(dy, h, *rest)
     (dw0, db0), (dw1, db1) = ((w.sum(axis=0).swapaxes(1, 2), b.sum(axis=0)) for w, b in sums)
     return (dw0, db0, dw1, db1), dx
 
@@ -278,10 +283,11 @@ def _unpadded(gradients, phi) -> dict[str, Array]:
     return {name: named[name][tuple(map(slice, x.shape))].astype(x.dtype) for name, x in phi.items()}
 
 
-def _keep(how, k) -> Array:
+def _listed(how, k) -> Array:
+    """The keys of L as the kernels take them: φ of others is not computed."""
     if how.shard is not None:
-        return how.shard.linear_keys(how.grid, how.spec, k.shape[1])
-    return jnp.asarray(linear_keys(how.grid, how.spec, k.shape[1]))
+        return how.shard.linear_rows(how.grid, how.spec, k.shape[1], LONGEST)
+    return jnp.asarray(linear_rows(linear_keys(how.grid, how.spec, k.shape[1])[None], LONGEST)[0])
 
 
 def _keys_map(spec: AttentionSpec) -> str:

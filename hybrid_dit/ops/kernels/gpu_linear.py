@@ -1,8 +1,8 @@
 """The linear part of hybrid attention on a GPU, forward: two Pallas kernels on Triton.
 
-`features` writes φ_k(k_j) for the keys of L in 16 bits; `gpu_products` sums them with the values to the state and the
-normaliser. (One kernel for both, which computed φ_k's first layer once per power for want of registers, took 0.52 ms on
-an H200 at 32,760 tokens and 12 heads, `features` 0.30; attention at R = 8 went from 2.35 to 2.19 ms.)
+`features` writes φ_k(k_j) in 16 bits, for the keys of L and no others; `gpu_products` sums them with the values to the
+state and the normaliser. (One kernel for both, which computed φ_k's first layer once per power for want of registers,
+took 0.52 ms on an H200 at 32,760 tokens and 12 heads, `features` 0.30; attention at R = 8 went from 2.35 to 2.19 ms.)
 
 `read` goes over tiles of queries and writes Eq. 5's output, with the softmax part's sums given, or the linear part's
 own sums. φ_q is fused in, but where a backward pass will want the features of queries, too: then `features` writes them
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from hybrid_dit.array_typing import Array, Float
+from hybrid_dit.array_typing import Array, Float, Int
 from hybrid_dit.ops.kernels import gpu_phi
 from hybrid_dit.ops.kernels import gpu_tiles as tiles
 from hybrid_dit.ops.kernels.gpu_tiles import Tiles, dot
@@ -35,20 +35,24 @@ State = tuple[Array, Array]  # [b, h, f, d] in the inputs' dtype, and the normal
 
 def features(
     x: Float[Array, "b n h d"],
-    keep: Float[Array, "n"] | None,
+    listed: Int[Array, "m"] | None,
     weights: Weights,
     spec: FeatureMapSpec,
     sizes: Tiles,
     interpret: bool,
 ) -> Float[Array, "b h m f"]:
-    """φ(x_i), in the dtype of `x`; 0 where `keep` is, and in rows past n. Without it, those rows are φ(0)."""
-    shape, tile, keep = features_shape(x, spec.degree), sizes.features, () if keep is None else (keep,)
+    """φ(x_i) in the dtype of `x`, of all tokens or those whose numbers are `listed`.
+
+    The list is as long as a multiple of `LONGEST`; numbers past n fill it, whose features are 0. Without a list, rows
+    past n are φ(0).
+    """
+    shape, tile, listed = features_shape(x, spec.degree, listed), sizes.features, tiles.given(listed)
     return pl.pallas_call(
         functools.partial(_features_kernel, phi=gpu_phi.make(spec, x.dtype, interpret), tile=tile),
         grid=(shape.shape[2] // tile.rows, x.shape[2], x.shape[0]),
         in_specs=[
             tiles.tokens_spec(x),
-            tuple(pl.BlockSpec(z.shape, lambda i, h, b: (0,)) for z in keep),
+            tuple(tiles.shared_spec(z) for z in listed),
             tuple(tiles.head_spec(w) for w in weights),
         ],
         out_specs=tiles.vector_spec(shape),
@@ -56,22 +60,24 @@ def features(
         compiler_params=tiles.params(tile),
         interpret=interpret,
         name="hybrid_features",
-    )(x, keep, weights)
+    )(x, listed, weights)
 
 
-def _features_kernel(x_ref, keep_ref, weights, out_ref, *, phi, tile):
+def _features_kernel(x_ref, listed, weights, out_ref, *, phi, tile):
     start = pl.program_id(0) * tile.rows
-    for power, of_power, y in phi.each_power(tiles.rows(x_ref, start, tile.rows), weights, tile):
+    at = tiles.span(start, tile.rows, listed)
+    for power, of_power, y in phi.each_power(tiles.rows(x_ref, at), weights, tile):
         features = phi.features(y, power)
-        if keep_ref:
-            features = jnp.where(tiles.rows(keep_ref[0], start, tile.rows)[:, None] > 0, features, 0.0)
+        if listed:
+            features = jnp.where(at[:, None] < x_ref.shape[0], features, 0.0)
         out_ref[pl.ds(start, tile.rows), of_power] = features.astype(out_ref.dtype)
 
 
-def features_shape(x: Array, degree: int) -> jax.ShapeDtypeStruct:
-    """[b, h, m, f] with tokens padded to a multiple of `LONGEST`: m."""
+def features_shape(x: Array, degree: int, listed: Array | None = None) -> jax.ShapeDtypeStruct:
+    """[b, h, m, f], m being n padded to a multiple of `LONGEST`, or the length of the list."""
     b, n, heads, d = x.shape
-    return jax.ShapeDtypeStruct((b, heads, pl.cdiv(n, tiles.LONGEST) * tiles.LONGEST, degree * d), x.dtype)
+    m = pl.cdiv(n, tiles.LONGEST) * tiles.LONGEST if listed is None else len(listed)
+    return jax.ShapeDtypeStruct((b, heads, m, degree * d), x.dtype)
 
 
 def read(
@@ -127,28 +133,30 @@ def read(
 
 def _read_kernel(of, softmax, sums, out_ref, denominator_ref, *, phi, tile, divide):
     start, (state_ref, normaliser_ref) = pl.program_id(0) * tile.rows, sums
+    at = tiles.span(start, tile.rows)
     numerator = jnp.zeros((tile.rows, out_ref.shape[1]), jnp.float32)
     denominator = jnp.zeros((tile.rows,), jnp.float32)
     for of_power, features in _features_of(of, start, phi, tile, out_ref.shape[1]):
-        numerator += dot(features, state_ref[of_power, :])
+        # Not of rounded features where they are computed here: rounding each for a sum of float32 costs more than it.
+        numerator += dot(features.astype(state_ref.dtype), state_ref[of_power, :])
         denominator += (features.astype(jnp.float32) * normaliser_ref[of_power][None]).sum(axis=1)
     if softmax:
-        weight = tiles.rows(softmax[1], start, tile.rows)
-        numerator += tiles.rows(softmax[0], start, tile.rows).astype(jnp.float32) * weight[:, None]
+        weight = tiles.rows(softmax[1], at)
+        numerator += tiles.rows(softmax[0], at).astype(jnp.float32) * weight[:, None]
         denominator += weight
     if divide:
         numerator = numerator * (1.0 / jnp.maximum(denominator, tiles.TINY))[:, None]
-    tiles.store_rows(out_ref, start, numerator)
-    tiles.store_rows(denominator_ref, start, denominator)
+    tiles.store_rows(out_ref, at, numerator)
+    tiles.store_rows(denominator_ref, at, denominator)
 
 
 def _features_of(of, start, phi, tile, d):
-    """Yields (columns, features) of every power: read, or computed from (queries, weights)."""
+    """Yields (columns, features) of every power: read, or computed in float32 from (queries, weights)."""
     if len(of) == 1:
         for part in tiles.slices(d, of[0].shape[1]):
             yield part, of[0][pl.ds(start, tile.rows), part]
         return
     q_ref, *weights = of
-    q = tiles.rows(q_ref, start, tile.rows)
+    q = tiles.rows(q_ref, tiles.span(start, tile.rows))
     for power, of_power, y in phi.each_power(q, weights, tile):
-        yield of_power, phi.features(y, power).astype(q.dtype)
+        yield of_power, phi.features(y, power)

@@ -52,11 +52,11 @@ def forward(
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, out_ref, weight_ref, top_ref, *, tile):
-    start = pl.program_id(0) * tile.rows
-    total, weight, top = softmax_sums(tiles.rows(q_ref, start, tile.rows), k_ref, v_ref, tile.chunk)
-    tiles.store_rows(out_ref, start, total * (1.0 / weight)[:, None])
-    tiles.store_rows(weight_ref, start, weight)
-    tiles.store_rows(top_ref, start, top)
+    at = tiles.span(pl.program_id(0) * tile.rows, tile.rows)
+    total, weight, top = softmax_sums(tiles.rows(q_ref, at), k_ref, v_ref, tile.chunk)
+    tiles.store_rows(out_ref, at, total * (1.0 / weight)[:, None])
+    tiles.store_rows(weight_ref, at, weight)
+    tiles.store_rows(top_ref, at, top)
 
 
 def softmax_sums(q: Array, k_ref, v_ref, chunk: int) -> tuple[Array, Array, Array]:
@@ -68,7 +68,7 @@ def softmax_sums(q: Array, k_ref, v_ref, chunk: int) -> tuple[Array, Array, Arra
         total, weight, before = sums
         keys = pl.ds(j * chunk, chunk)
         if masked:
-            k, v = (tiles.rows(x, j * chunk, chunk) for x in (k_ref, v_ref))
+            k, v = (tiles.rows(x, tiles.span(j * chunk, chunk)) for x in (k_ref, v_ref))
         else:
             k, v = k_ref[keys, :], v_ref[keys, :]
         s = dot(q, k.T)
@@ -143,14 +143,14 @@ def _backward(kernel, ins, outs, tile: Tile, interpret, name):
 
 
 def _dq_kernel(q_ref, k_ref, v_ref, g_ref, delta_ref, normaliser_ref, dq_ref, *, tile):
-    start = pl.program_id(0) * tile.rows
-    q, g = (tiles.rows(x, start, tile.rows) for x in (q_ref, g_ref))
-    delta = tiles.rows(delta_ref, start, tile.rows)
-    normaliser = tiles.rows(normaliser_ref, start, tile.rows) * LOG2E
+    at = tiles.span(pl.program_id(0) * tile.rows, tile.rows)
+    q, g = (tiles.rows(x, at) for x in (q_ref, g_ref))
+    delta = tiles.rows(delta_ref, at)
+    normaliser = tiles.rows(normaliser_ref, at) * LOG2E
     scale = q.shape[1] ** -0.5
 
     def step(j, dq):
-        k, v = (tiles.rows(x, j * tile.chunk, tile.chunk) for x in (k_ref, v_ref))
+        k, v = (tiles.rows(x, tiles.span(j * tile.chunk, tile.chunk)) for x in (k_ref, v_ref))
         p = jnp.exp2(dot(q, k.T) * (scale * LOG2E) - normaliser[:, None])
         ds = p * (dot(g, v.T) - delta[:, None])
         # Beyond the last key p may be infinite.
@@ -158,27 +158,27 @@ def _dq_kernel(q_ref, k_ref, v_ref, g_ref, delta_ref, normaliser_ref, dq_ref, *,
         return dq + dot(ds.astype(k.dtype), k)
 
     dq = jax.lax.fori_loop(0, pl.cdiv(k_ref.shape[0], tile.chunk), step, jnp.zeros(q.shape, jnp.float32))
-    tiles.store_rows(dq_ref, start, dq * scale)
+    tiles.store_rows(dq_ref, at, dq * scale)
 
 
 def _dkv_kernel(q_ref, k_ref, v_ref, g_ref, delta_ref, normaliser_ref, dk_ref, dv_ref, *, tile):
-    start = pl.program_id(0) * tile.rows
-    k, v = (tiles.rows(x, start, tile.rows) for x in (k_ref, v_ref))
+    at = tiles.span(pl.program_id(0) * tile.rows, tile.rows)
+    k, v = (tiles.rows(x, at) for x in (k_ref, v_ref))
     scale = k.shape[1] ** -0.5
 
     def step(i, sums):  # everything transposed, keys along rows
-        first = i * tile.chunk
-        q, g = (tiles.rows(x, first, tile.chunk) for x in (q_ref, g_ref))
-        delta = tiles.rows(delta_ref, first, tile.chunk)
-        normaliser = tiles.rows(normaliser_ref, first, tile.chunk, other=jnp.inf) * LOG2E  # beyond the end p is 0
+        queries = tiles.span(i * tile.chunk, tile.chunk)
+        q, g = (tiles.rows(x, queries) for x in (q_ref, g_ref))
+        delta = tiles.rows(delta_ref, queries)
+        normaliser = tiles.rows(normaliser_ref, queries, other=jnp.inf) * LOG2E  # beyond the end p is 0
         p = jnp.exp2(dot(k, q.T) * (scale * LOG2E) - normaliser[None])
         ds = p * (dot(v, g.T) - delta[None])
         return sums[0] + dot(ds.astype(q.dtype), q), sums[1] + dot(p.astype(g.dtype), g)
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     dk, dv = jax.lax.fori_loop(0, pl.cdiv(q_ref.shape[0], tile.chunk), step, (zeros, zeros))
-    tiles.store_rows(dk_ref, start, dk * scale)
-    tiles.store_rows(dv_ref, start, dv)
+    tiles.store_rows(dk_ref, at, dk * scale)
+    tiles.store_rows(dv_ref, at, dv)
 
 
 # cuDNN

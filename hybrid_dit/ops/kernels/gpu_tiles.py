@@ -40,6 +40,7 @@ class Tiles:
         read: φ of queries, and read-out of the state.
         read_given: read-out of the state alone.
         products: sums over tokens.
+        products_listed: the same over listed tokens; of its stages, some load numbers and the rest tokens.
         pre_activations: backward through φ's activations.
         hidden: backward through φ's hidden units.
         softmax: flash attention.
@@ -52,6 +53,7 @@ class Tiles:
     read: Tile = Tile(rows=64, warps=4)
     read_given: Tile = Tile(rows=64, warps=4)
     products: Tile = Tile(rows=64, stages=4)
+    products_listed: Tile = Tile(rows=64, stages=6)
     pre_activations: Tile = Tile(rows=64, warps=4)
     hidden: Tile = Tile(rows=64, warps=4, stages=1)
     softmax: Tile = Tile(chunk=128, stages=3)
@@ -63,6 +65,11 @@ class Tiles:
 def params(tile: Tile) -> plgpu.CompilerParams:
     """What the compiler is told about a kernel."""
     return plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
+
+
+def given(x: Array | None) -> tuple[Array, ...]:
+    """An operand of a kernel that may be missing."""
+    return () if x is None else (x,)
 
 
 def dot(x: Array, y: Array) -> Array:
@@ -77,25 +84,32 @@ def slices(d: int, width: int) -> list:
     return [pl.ds(start, d) for start in range(0, width, d)]
 
 
-# Loads and stores. A ref is one head's: [n, d], or a row vector [n].
+# Loads and stores. A ref is one head's: [n, d], or a row vector [n]. Rows are given by their numbers, an int32 [t].
 
 
-def rows(ref, start: Array, size: int, columns=None, other: float = 0.0) -> Array:
-    """`size` rows of `ref` from `start`, all columns or those of a `pl.ds`; `other` where they are past the end."""
-    real = start + jnp.arange(size) < ref.shape[0]
+def span(start: Array, size: int, listed=()) -> Array:
+    """`size` numbers from `start` on; those that a ref in `listed` has there, where there is one."""
+    return listed[0][pl.ds(start, size)] if listed else start + jnp.arange(size)
+
+
+def rows(ref, at: Array, columns=None, other: float = 0.0) -> Array:
+    """Rows of `ref`, all columns or those of a `pl.ds`; `other` where they are past the end."""
+    real = at < ref.shape[0]
     if len(ref.shape) == 1:
-        return plgpu.load(ref.at[pl.ds(start, size)], mask=real, other=other)
-    part = ref.at[pl.ds(start, size), slice(None) if columns is None else columns]
+        return plgpu.load(ref.at[at], mask=real, other=other)
+    columns = pl.ds(0, ref.shape[1]) if columns is None else columns
+    part = ref.at[at[:, None], (columns.start + jnp.arange(columns.size))[None]]
     return plgpu.load(part, mask=real[:, None], other=other)
 
 
-def store_rows(ref, start: Array, value: Array) -> None:
-    """Writes `value` to the rows of `ref` from `start`, but for those past the end."""
-    real = start + jnp.arange(value.shape[0]) < ref.shape[0]
+def store_rows(ref, at: Array, value: Array) -> None:
+    """Writes `value` to rows of `ref`, but for those past the end."""
+    real = at < ref.shape[0]
     if value.ndim == 1:
-        plgpu.store(ref.at[pl.ds(start, len(value))], value.astype(ref.dtype), mask=real)
+        plgpu.store(ref.at[at], value.astype(ref.dtype), mask=real)
     else:
-        plgpu.store(ref.at[pl.ds(start, len(value)), :], value.astype(ref.dtype), mask=real[:, None])
+        part = ref.at[at[:, None], jnp.arange(value.shape[1])[None]]
+        plgpu.store(part, value.astype(ref.dtype), mask=real[:, None])
 
 
 # Row sums by the matrix unit: Σ_i x_i c_i of a tile x [t, f] is a column of xᵀ [c, 0, ...]. In registers it would take
@@ -130,6 +144,11 @@ def tokens_spec(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
 def vector_spec(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     """One video and head of [b, h, ...]."""
     return pl.BlockSpec((None, None, *x.shape[2:]), lambda i, h, b: (b, h, *(0,) * (len(x.shape) - 2)))
+
+
+def shared_spec(x: Array) -> pl.BlockSpec:
+    """All of a vector, for every head and video."""
+    return pl.BlockSpec(x.shape, lambda i, h, b: (0,))
 
 
 def head_spec(x: Array) -> pl.BlockSpec:
