@@ -178,7 +178,6 @@ def tune(report, deadline, n: int = 32760) -> Tiles:
     """Times every candidate; returns the fastest of each kernel, and the best number of programs."""
     shapes, key, chosen = candidates.shapes(n), jax.random.key(0), {}
     arrays = jax.tree.map(lambda x: (0.1 * jax.random.normal(key, x.shape)).astype(x.dtype), shapes)
-    arrays["listed"] = jnp.asarray(candidates.listed(n))
 
     def job(name, sizes, training=False, **labels):
         function, inputs = candidates.kernel(name, sizes, training)

@@ -4,12 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from hybrid_dit.ops.kernels import gpu_linear, gpu_linear_backward, gpu_products, gpu_softmax
+from hybrid_dit.ops.kernels import gpu_linear, gpu_linear_backward, gpu_products, gpu_softmax, gpu_tiles
 from hybrid_dit.ops.kernels.gpu_tiles import LONGEST, Tile, Tiles
 from hybrid_dit.ops.spec import FeatureMapSpec
-from hybrid_dit.ops.tokens import linear_rows
 
 HEADS, DIM, RATE = 12, 128, 8
 PHI = FeatureMapSpec()
@@ -17,17 +15,10 @@ T = Tile
 
 # Of those that fit shared memory by `triton_aot.py`; spills outside loops cost little.
 CANDIDATES = {
-    "features": [
-        *(T(64, 64, 4, 2), T(64, 64, 4, 1), T(64, 32, 4, 2), T(64, 32, 8, 2), T(64, 64, 8, 2), T(64, 64, 8, 1)),
-        *(T(128, 64, 16, 2), T(128, 32, 16, 2), T(128, 64, 8, 2), T(128, 32, 8, 2)),
-    ],
-    "read": [
-        *(T(64, 64, 4, 2), T(64, 64, 4, 1), T(64, 32, 4, 2), T(64, 32, 8, 2), T(64, 64, 8, 2), T(64, 64, 8, 1)),
-        *(T(128, 64, 16, 2), T(128, 32, 16, 2), T(128, 64, 8, 2), T(128, 32, 8, 2)),
-    ],
+    "features": [T(64, 64, 4, 2), T(64, 64, 4, 3), T(128, 64, 8, 2)],
+    "read": [T(64, 64, 4, 2), T(64, 64, 4, 3), T(128, 64, 8, 2)],
     "read_given": [T(64, 64, 4, 2), T(64, 64, 8, 2), T(128, 64, 8, 2)],
     "products": [T(64, 64, 8, 3), T(64, 64, 8, 4), T(32, 64, 8, 4)],
-    "products_listed": [T(64, 64, 8, 4), T(64, 64, 8, 6), T(64, 64, 8, 8), T(32, 64, 8, 8), T(128, 64, 8, 4)],
     "pre_activations": [T(64, 64, 4, 2), T(64, 64, 8, 2), T(128, 64, 8, 2)],
     "hidden": [
         *(T(128, 128, 8, 1), T(128, 64, 8, 2), T(128, 64, 8, 1)),
@@ -49,8 +40,7 @@ def shapes(n: int) -> dict:
         "x": array((1, n, HEADS, DIM), dtype),
         "keys": array((1, -(-n // RATE), HEADS, DIM), dtype),
         "vector": array((1, HEADS, n), jnp.float32),
-        "listed": array(listed(n).shape, jnp.int32),
-        "listed_features": array((1, HEADS, len(listed(n)), features), dtype),
+        "of_keys": array((1, HEADS, gpu_tiles.length(n, RATE), features), dtype),
         "weights": (
             array((HEADS, DIM, features), dtype),
             array((HEADS, features), jnp.float32),
@@ -62,11 +52,6 @@ def shapes(n: int) -> dict:
     }
 
 
-def listed(n: int) -> np.ndarray:
-    """Numbers of the keys of L."""
-    return linear_rows((np.arange(n) % RATE != 0)[None], LONGEST)[0]
-
-
 def kernel(name: str, sizes: Tiles, training: bool = False):
     """(function, names of its arguments in `shapes`) that runs one kernel.
 
@@ -75,7 +60,7 @@ def kernel(name: str, sizes: Tiles, training: bool = False):
     rest = PHI, sizes, False
     backward, softmax = gpu_linear_backward, ("x", "keys", "keys", "x", "vector", "vector")
     return {
-        "features": (lambda k, listed, w: gpu_linear.features(k, listed, w, *rest), ("x", "listed", "weights")),
+        "features": (lambda k, w: gpu_linear.features(k, None, w, *rest, skip=RATE), ("x", "weights")),
         "read": (
             lambda q, o, weight, w, sums: gpu_linear.read(q, (o, weight), w, sums, *rest),
             ("x", "x", "vector", "weights", "sums"),
@@ -85,12 +70,10 @@ def kernel(name: str, sizes: Tiles, training: bool = False):
             ("x", "x", "vector", "weights", "sums", "features"),
         ),
         "products": (
-            lambda x, h, dy: [gpu_products.products(dy, b, DIM, *rest[1:]) for b in (x, h)],
-            ("x", "features", "features"),
-        ),
-        "products_listed": (
-            lambda x, a, listed: gpu_products.products(a, x, DIM, *rest[1:], listed=listed),
-            ("x", "listed_features", "listed"),
+            lambda x, h, dy: [
+                gpu_products.products(dy, b, DIM, *rest[1:], skip=skip) for b, skip in ((x, RATE), (h, 0))
+            ],
+            ("x", "of_keys", "of_keys"),
         ),
         "pre_activations": (
             lambda f, v, sums: backward.pre_activations(f, v, None, sums, *rest, values=training),
@@ -116,8 +99,7 @@ def flops(name: str, n: int, training: bool = False) -> float:
         "features": phi * (1 - 1 / RATE),
         "read": phi + state,
         "read_given": state,
-        "products": d * f + f * f,
-        "products_listed": d * f * (1 - 1 / RATE),
+        "products": (d * f + f * f) * (1 - 1 / RATE),
         "pre_activations": (2 if training else 1) * state,
         "hidden": phi + (state if training else 0),
         "softmax": 2 * keys * d,

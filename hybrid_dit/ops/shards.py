@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_dit.array_typing import Array, Float, Int, PyTree
+from hybrid_dit.array_typing import Array, Float, PyTree
 from hybrid_dit.ops.spec import AttentionSpec
-from hybrid_dit.ops.tokens import Grid, linear_keys, linear_rows, softmax_tokens
+from hybrid_dit.ops.tokens import Grid, linear_keys, softmax_tokens
 
 
 def padded_length(tokens: int, parts: int, rate: int) -> int:
@@ -74,15 +74,8 @@ class Shard:
 
     def linear_keys(self, grid: Grid, spec: AttentionSpec, length: int) -> Float[Array, "n"]:
         """1.0 for this device's keys of the linear part, 0.0 for the others and for padding, float32."""
-        return jnp.asarray(self._linear_keys(grid, spec, length))[jax.lax.axis_index(self.axes)]
-
-    def linear_rows(self, grid: Grid, spec: AttentionSpec, length: int, multiple: int) -> Int[Array, "m"]:
-        """The numbers of those keys in this device's rows, as `tokens.linear_rows`."""
-        rows = linear_rows(self._linear_keys(grid, spec, length), multiple)
-        return jnp.asarray(rows)[jax.lax.axis_index(self.axes)]
-
-    def _linear_keys(self, grid, spec, length) -> np.ndarray:
-        return linear_keys(grid, spec, self.parts * length).reshape(self.parts, length)
+        keep = linear_keys(grid, spec, self.parts * length).reshape(self.parts, length)
+        return jnp.asarray(keep)[jax.lax.axis_index(self.axes)]
 
     def sum(self, tree: PyTree) -> PyTree:
         """Sums over the devices of a video."""

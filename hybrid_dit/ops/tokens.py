@@ -43,16 +43,3 @@ def linear_keys(grid: Grid, spec: AttentionSpec, length: int) -> np.ndarray:
     n = math.prod(grid)
     mask = linear_mask(grid, spec.rate, spec.pattern) if spec.kind == "hybrid" else np.ones(n, np.float32)
     return np.pad(mask, (0, length - n))
-
-
-def linear_rows(keep: np.ndarray, multiple: int) -> np.ndarray:
-    """Returns the numbers of the keys of the linear part on each device, int32 [P, m].
-
-    Args:
-        keep: what `linear_keys` returns, [P, n].
-        multiple: what m has to be a multiple of; lists are filled with n, which is no key.
-    """
-    lists = [np.flatnonzero(row) for row in keep]
-    longest = max(1, *map(len, lists))
-    m = -(-longest // multiple) * multiple
-    return np.stack([np.pad(x, (0, m - len(x)), constant_values=keep.shape[1]) for x in lists]).astype(np.int32)

@@ -7,7 +7,7 @@ import oracle
 import pytest
 
 from hybrid_dit.ops.spec import PATTERNS
-from hybrid_dit.ops.tokens import linear_mask, linear_rows, softmax_tokens
+from hybrid_dit.ops.tokens import linear_mask, softmax_tokens
 
 GRIDS = [(3, 5, 8), (2, 3, 7), (1, 1, 3)]
 
@@ -44,9 +44,3 @@ def test_lattice_leaves_no_column_without_softmax_tokens():
     grid = (2, 8, 8)
     columns = {pattern: set(softmax_tokens(grid, 8, pattern) % 8) for pattern in PATTERNS}
     assert columns == {"stride": {0}, "lattice": set(range(8))}
-
-
-def test_keys_of_the_linear_part_are_listed_per_device():
-    keep = np.array([[0, 1, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]], np.float32)
-    assert linear_rows(keep, 4).tolist() == [[1, 2, 3, 5], [1, 2, 6, 6]]
-    assert linear_rows(keep[:, :1], 4).tolist() == [[1] * 4] * 2  # none: a list of no key

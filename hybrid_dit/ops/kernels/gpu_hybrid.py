@@ -11,6 +11,7 @@ need each other: `gpu_softmax.backward` with y and log Z_i + c_i, `gpu_linear_ba
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from hybrid_dit.ops.kernels.gpu_tiles import LONGEST, TINY, Tiles
 from hybrid_dit.ops.residuals import marked
 from hybrid_dit.ops.shards import Shard
 from hybrid_dit.ops.spec import AttentionSpec
-from hybrid_dit.ops.tokens import Grid, linear_keys, linear_rows, softmax_tokens
+from hybrid_dit.ops.tokens import Grid, linear_keys, softmax_tokens
 
 SOFTMAX = ("cudnn", "triton")
 
@@ -211,9 +212,10 @@ def _linear_part(how, q, k, v, phi):
 def _linear_sums(how, q, k, v, phi, training, softmax=None, divide=True):
     """(what `gpu_linear.read` returns, sums over keys, features of queries, if `training`, and of keys)."""
     weights, of_queries = _weights(phi, "q", q), None
-    listed = _listed(how, k)
-    of_keys = gpu_linear.features(k, listed, _weights(phi, _keys_map(how.spec), k), *_rest(how))
-    sums = how.total(gpu_products.products(of_keys, v, k.shape[3], how.sizes, how.interpret, listed=listed))
+    skip = _skip(how, k)
+    keep = None if skip else _keep(how, k)
+    of_keys = gpu_linear.features(k, keep, _weights(phi, _keys_map(how.spec), k), *_rest(how), skip=skip)
+    sums = how.total(gpu_products.products(of_keys, v, k.shape[3], how.sizes, how.interpret, skip=skip))
     if training:
         of_queries = gpu_linear.features(q, None, weights, *_rest(how))
     out = gpu_linear.read(q, softmax, weights, _rounded(sums, q), *_rest(how), divide=divide, given=of_queries)
@@ -254,25 +256,25 @@ def _linear_backward(how, q, k, v, phi, sums, features, dn, dl, inputs: bool):
     """
     rest, keys = _rest(how), _keys_map(how.spec)
     d, weights_q, weights_k = q.shape[3], _weights(phi, "q", q), _weights(phi, keys, k)
-    listed = _listed(how, k)
+    skip = _skip(how, k)
     dy_q, _ = gpu_linear_backward.pre_activations(features[0], dn, dl, _rounded(sums, q), *rest)
     dsums = how.total(gpu_products.products(features[0], dn, d, *rest[1:], weight=dl))
     dy_k, dv = gpu_linear_backward.pre_activations(
-        features[1], v, None, _rounded(dsums, k), *rest, values=inputs, listed=listed
+        features[1], v, None, _rounded(dsums, k), *rest, values=inputs, skip=skip
     )
     dphi, dx = jax.tree.map(jnp.zeros_like, phi), []
-    for name, x, dy, weights, tokens in (("q", q, dy_q, weights_q, None), (keys, k, dy_k, weights_k, listed)):
-        found, into = _map_backward(how, x, dy, weights, inputs, tokens)
+    for name, x, dy, weights, left_out in (("q", q, dy_q, weights_q, 0), (keys, k, dy_k, weights_k, skip)):
+        found, into = _map_backward(how, x, dy, weights, inputs, left_out)
         dphi[name] = jax.tree.map(jnp.add, dphi[name], _unpadded(found, phi[name]))
         dx.append(into)
     return dphi, (*dx, dv)
 
 
-def _map_backward(how, x, dy, weights, inputs, listed):
+def _map_backward(how, x, dy, weights, inputs, skip):
     """Gradients of one map: (in w0, b0, w1 and b1 as `gpu_phi.operands` has them, in x or None)."""
-    h, da, dx = gpu_linear_backward.hidden(x, dy, weights, *_rest(how), inputs=inputs, listed=listed)
+    h, da, dx = gpu_linear_backward.hidden(x, dy, weights, *_rest(how), inputs=inputs, skip=skip)
     rest = x.shape[3], how.sizes, how.interpret
-    sums = gpu_products.products(da, x, *rest, listed=listed), gpu_products.products(dy, h, *rest)
+    sums = gpu_products.products(da, x, *rest, skip=skip), gpu_products.products(dy, h, *rest)
     (dw0, db0), (dw1, db1) = ((w.sum(axis=0).swapaxes(1, 2), b.sum(axis=0)) for w, b in sums)
     return (dw0, db0, dw1, db1), dx
 
@@ -283,11 +285,20 @@ def _unpadded(gradients, phi) -> dict[str, Array]:
     return {name: named[name][tuple(map(slice, x.shape))].astype(x.dtype) for name, x in phi.items()}
 
 
-def _listed(how, k) -> Array:
-    """The keys of L as the kernels take them: φ of others is not computed."""
+def _skip(how, k) -> int:
+    """R where L is the keys whose row R does not divide: φ of the others is not computed then. 0 elsewhere.
+
+    So it is with pattern "stride", if no rows pad the video and all its parts are alike.
+    """
+    rate, length, parts = how.spec.rate, k.shape[1], how.shard.parts if how.shard else 1
+    whole = length * parts == math.prod(how.grid) and (parts == 1 or length % rate == 0)
+    return rate if whole and how.spec.kind == "hybrid" and how.spec.pattern == "stride" else 0
+
+
+def _keep(how, k) -> Array:
     if how.shard is not None:
-        return how.shard.linear_rows(how.grid, how.spec, k.shape[1], LONGEST)
-    return jnp.asarray(linear_rows(linear_keys(how.grid, how.spec, k.shape[1])[None], LONGEST)[0])
+        return how.shard.linear_keys(how.grid, how.spec, k.shape[1])
+    return jnp.asarray(linear_keys(how.grid, how.spec, k.shape[1]))
 
 
 def _keys_map(spec: AttentionSpec) -> str:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from hybrid_dit.array_typing import Array, Float, Int
+from hybrid_dit.array_typing import Array, Float
 from hybrid_dit.ops.kernels import gpu_phi
 from hybrid_dit.ops.kernels import gpu_tiles as tiles
 from hybrid_dit.ops.kernels.gpu_tiles import Tiles, dot
@@ -35,24 +35,35 @@ State = tuple[Array, Array]  # [b, h, f, d] in the inputs' dtype, and the normal
 
 def features(
     x: Float[Array, "b n h d"],
-    listed: Int[Array, "m"] | None,
+    keep: Float[Array, "n"] | None,
     weights: Weights,
     spec: FeatureMapSpec,
     sizes: Tiles,
     interpret: bool,
+    skip: int = 0,
 ) -> Float[Array, "b h m f"]:
-    """φ(x_i) in the dtype of `x`, of all tokens or those whose numbers are `listed`.
+    """φ(x_i) in the dtype of `x`, [b, h, m, f] with m = `tiles.length(n, skip)`.
 
-    The list is as long as a multiple of `LONGEST`; numbers past n fill it, whose features are 0. Without a list, rows
-    past n are φ(0).
+    Args:
+        x: queries or keys.
+        keep: 0 for tokens whose features are 0.
+        weights: of the map.
+        spec: of φ.
+        sizes: of tiles.
+        interpret: run on any platform, slowly.
+        skip: leave out the tokens whose number it divides; the others' features follow each other.
+
+    Returns:
+        Features. Those of rows past the last token are 0 with `keep` or `skip`, and φ(0) otherwise.
     """
-    shape, tile, listed = features_shape(x, spec.degree, listed), sizes.features, tiles.given(listed)
+    tile, keep, (b, n, heads, d) = sizes.features, tiles.given(keep), x.shape
+    shape = jax.ShapeDtypeStruct((b, heads, tiles.length(n, skip), spec.degree * d), x.dtype)
     return pl.pallas_call(
-        functools.partial(_features_kernel, phi=gpu_phi.make(spec, x.dtype, interpret), tile=tile),
-        grid=(shape.shape[2] // tile.rows, x.shape[2], x.shape[0]),
+        functools.partial(_features_kernel, phi=gpu_phi.make(spec, x.dtype, interpret), tile=tile, skip=skip),
+        grid=(shape.shape[2] // tile.rows, heads, b),
         in_specs=[
             tiles.tokens_spec(x),
-            tuple(tiles.shared_spec(z) for z in listed),
+            tuple(pl.BlockSpec(z.shape, lambda i, h, b: (0,)) for z in keep),
             tuple(tiles.head_spec(w) for w in weights),
         ],
         out_specs=tiles.vector_spec(shape),
@@ -60,24 +71,18 @@ def features(
         compiler_params=tiles.params(tile),
         interpret=interpret,
         name="hybrid_features",
-    )(x, listed, weights)
+    )(x, keep, weights)
 
 
-def _features_kernel(x_ref, listed, weights, out_ref, *, phi, tile):
+def _features_kernel(x_ref, keep_ref, weights, out_ref, *, phi, tile, skip):
     start = pl.program_id(0) * tile.rows
-    at = tiles.span(start, tile.rows, listed)
+    at = tiles.span(start, tile.rows, skip)
     for power, of_power, y in phi.each_power(tiles.rows(x_ref, at), weights, tile):
         features = phi.features(y, power)
-        if listed:
-            features = jnp.where(at[:, None] < x_ref.shape[0], features, 0.0)
+        if keep_ref or skip:
+            kept = tiles.rows(keep_ref[0], at) > 0 if keep_ref else at < x_ref.shape[0]
+            features = jnp.where(kept[:, None], features, 0.0)
         out_ref[pl.ds(start, tile.rows), of_power] = features.astype(out_ref.dtype)
-
-
-def features_shape(x: Array, degree: int, listed: Array | None = None) -> jax.ShapeDtypeStruct:
-    """[b, h, m, f], m being n padded to a multiple of `LONGEST`, or the length of the list."""
-    b, n, heads, d = x.shape
-    m = pl.cdiv(n, tiles.LONGEST) * tiles.LONGEST if listed is None else len(listed)
-    return jax.ShapeDtypeStruct((b, heads, m, degree * d), x.dtype)
 
 
 def read(

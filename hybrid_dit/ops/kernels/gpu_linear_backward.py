@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from hybrid_dit.array_typing import Array, Float, Int
+from hybrid_dit.array_typing import Array, Float
 from hybrid_dit.ops.kernels import gpu_phi
 from hybrid_dit.ops.kernels import gpu_tiles as tiles
 from hybrid_dit.ops.kernels.gpu_linear import State, Weights
@@ -42,7 +42,7 @@ def pre_activations(
     sizes: Tiles,
     interpret: bool,
     values: bool = False,
-    listed: Int[Array, "m"] | None = None,
+    skip: int = 0,
 ) -> tuple[Float[Array, "b h m f"], Float[Array, "b n h d"] | None]:
     """(dy_i = (g_i Sᵀ + w_i z) ψ'(y_i), features_i S or None): 0 where the features are 0, and in rows past n.
 
@@ -55,39 +55,38 @@ def pre_activations(
         sizes: of tiles.
         interpret: run on any platform, slowly.
         values: whether the second is asked for: for keys it is dv.
-        listed: tokens that the features are of, as for `gpu_linear.features`; rows of dv of others are 0.
+        skip: which tokens the features are not of, as for `gpu_linear.features`; their rows of dv are 0.
     """
     (b, _, heads, _), tile = g.shape, sizes.pre_activations
-    weights, lists, zeros = tiles.given(weight), tiles.given(listed), _zeros(g, values)
-    shapes = [jax.ShapeDtypeStruct(x.shape, g.dtype) for x in (features, *zeros)]
+    weights, zeros = tiles.given(weight), _zeros(g, values, skip)
+    shapes = [jax.ShapeDtypeStruct(x.shape, g.dtype) for x in (features, g)[: 2 if values else 1]]
     dy, *out = pl.pallas_call(
-        functools.partial(_pre_activations_kernel, phi=gpu_phi.make(spec, g.dtype, interpret), tile=tile),
+        functools.partial(_pre_activations_kernel, phi=gpu_phi.make(spec, g.dtype, interpret), tile=tile, skip=skip),
         grid=(features.shape[2] // tile.rows, heads, b),
         in_specs=[
             *(tiles.vector_spec(features), tiles.tokens_spec(g)),
             tuple(tiles.vector_spec(x) for x in sums),
             tuple(tiles.vector_spec(x) for x in weights),
-            tuple(tiles.shared_spec(x) for x in lists),
             tuple(tiles.tokens_spec(x) for x in zeros),
         ],
         out_specs=[tiles.vector_spec(features), tiles.tokens_spec(g)][: len(shapes)],
         out_shape=shapes,
-        input_output_aliases={4 + len(weights) + len(lists): 1} if zeros else {},
+        input_output_aliases={4 + len(weights): 1} if zeros else {},
         compiler_params=tiles.params(tile),
         interpret=interpret,
         name="hybrid_pre_activations_backward",
-    )(features, g, sums, weights, lists, zeros)
+    )(features, g, sums, weights, zeros)
     return dy, out[0] if values else None
 
 
-def _zeros(x, wanted) -> tuple[Array, ...]:
-    """What a kernel writes the rows of some tokens of."""
-    return (jnp.zeros_like(x),) if wanted else ()
+def _zeros(x, wanted, skip) -> tuple[Array, ...]:
+    """What a kernel writes rows of, where it does not write all of them."""
+    return (jnp.zeros_like(x),) if wanted and skip else ()
 
 
-def _pre_activations_kernel(features_ref, g_ref, sums, weight_ref, listed, _, dy_ref, out_ref=None, *, phi, tile):
+def _pre_activations_kernel(features_ref, g_ref, sums, weight_ref, _, dy_ref, out_ref=None, *, phi, tile, skip):
     start = pl.program_id(0) * tile.rows
-    here, at = pl.ds(start, tile.rows), tiles.span(start, tile.rows, listed)
+    here, at = pl.ds(start, tile.rows), tiles.span(start, tile.rows, skip)
     g = tiles.rows(g_ref, at)
     out = jnp.zeros(g.shape, jnp.float32)
     for power, of_power in enumerate(tiles.slices(g.shape[1], features_ref.shape[1])):
@@ -111,7 +110,7 @@ def hidden(
     sizes: Tiles,
     interpret: bool,
     inputs: bool,
-    listed: Int[Array, "m"] | None = None,
+    skip: int = 0,
 ) -> tuple[Float[Array, "b h m u"], Float[Array, "b h m u"], Float[Array, "b n h d"] | None]:
     """(h, da, dx or None) of one map, in the dtype of `x`.
 
@@ -123,35 +122,34 @@ def hidden(
         sizes: of tiles.
         interpret: run on any platform, slowly.
         inputs: whether dx is asked for.
-        listed: tokens that rows of dy are of, as for `gpu_linear.features`; rows of dx of others are 0.
+        skip: which tokens rows of dy are not of, as for `gpu_linear.features`; their rows of dx are 0.
     """
     (b, _, heads, _), tile = x.shape, sizes.hidden
     units = jax.ShapeDtypeStruct((*dy.shape[:3], weights[0].shape[-1]), x.dtype)
-    lists, zeros = tiles.given(listed), _zeros(x, inputs)
-    shapes = [units, units, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for _ in zeros)]
+    zeros = _zeros(x, inputs, skip)
+    shapes = [units, units, *[jax.ShapeDtypeStruct(x.shape, x.dtype)] * inputs]
     h, da, *dx = pl.pallas_call(
-        functools.partial(_hidden_kernel, phi=gpu_phi.make(spec, x.dtype, interpret), tile=tile),
+        functools.partial(_hidden_kernel, phi=gpu_phi.make(spec, x.dtype, interpret), tile=tile, skip=skip),
         grid=(dy.shape[2] // tile.rows, heads, b),
         in_specs=[
             *(tiles.tokens_spec(x), tiles.vector_spec(dy)),
             *(tiles.head_spec(w) for w in weights[:3]),
-            tuple(tiles.shared_spec(z) for z in lists),
             tuple(tiles.tokens_spec(z) for z in zeros),
         ],
         out_specs=[tiles.vector_spec(units), tiles.vector_spec(units), tiles.tokens_spec(x)][: len(shapes)],
         out_shape=shapes,
-        input_output_aliases={5 + len(lists): 2} if zeros else {},
+        input_output_aliases={5: 2} if zeros else {},
         compiler_params=tiles.params(tile),
         interpret=interpret,
         name="hybrid_hidden_backward",
-    )(x, dy, *weights[:3], lists, zeros)
+    )(x, dy, *weights[:3], zeros)
     return h, da, dx[0] if inputs else None
 
 
-def _hidden_kernel(x_ref, dy_ref, w0_ref, b0_ref, w1_ref, listed, _, h_ref, da_ref, dx_ref=None, *, phi, tile):
+def _hidden_kernel(x_ref, dy_ref, w0_ref, b0_ref, w1_ref, _, h_ref, da_ref, dx_ref=None, *, phi, tile, skip):
     start = pl.program_id(0) * tile.rows
     here, parts = pl.ds(start, tile.rows), tiles.slices(x_ref.shape[1], dy_ref.shape[1])
-    at = tiles.span(start, tile.rows, listed)
+    at = tiles.span(start, tile.rows, skip)
     x = tiles.rows(x_ref, at)
     dys = [dy_ref[here, part] for part in parts]
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from hybrid_dit.array_typing import Array, Float, Int
+from hybrid_dit.array_typing import Array, Float
 from hybrid_dit.ops.kernels import gpu_tiles as tiles
 from hybrid_dit.ops.kernels.gpu_tiles import Tiles, dot
 
@@ -26,7 +26,7 @@ def products(
     sizes: Tiles,
     interpret: bool,
     weight: Float[Array, "b h n"] | None = None,
-    listed: Int[Array, "m"] | None = None,
+    skip: int = 0,
 ) -> tuple[Float[Array, "b h u w"], Float[Array, "b h u"]]:
     """(Σ_i a_iᵀ b_i, Σ_i w_i a_i) over tokens, float32.
 
@@ -37,10 +37,9 @@ def products(
         sizes: of tiles.
         interpret: run on any platform, slowly.
         weight: w, float32; 1 unless given.
-        listed: for b of the second form, the tokens that those of `a` are; the first m unless given.
+        skip: for b of the second form: a's tokens are those of b that it does not divide; all of them where 0.
     """
-    (videos, heads, m, u), wide = a.shape, b.shape[3] // d
-    tile = sizes.products if listed is None else sizes.products_listed
+    (videos, heads, m, u), tile, wide = a.shape, sizes.products, b.shape[3] // d
     left, pair = u // d, 2 - wide % 2  # slices of b that a program takes: as many as accumulators fit registers
     groups = wide // pair
     share, each = tiles.splits(sizes.programs, videos * heads * left * groups, m // tile.rows)
@@ -52,15 +51,14 @@ def products(
     b_spec = pl.BlockSpec((None, b.shape[1], None, d), lambda i, h, video: (video, 0, h, 0))
     if b.shape[:3] == a.shape[:3]:
         b_spec = pl.BlockSpec((None, None, m, pair * d), lambda i, h, video: (video, h, 0, split(i)[2]))
-    weights, lists = tiles.given(weight), tiles.given(listed)
+    weights = tiles.given(weight)
     sums, vector = pl.pallas_call(
-        functools.partial(_kernel, tile=tile, each=each, programs=left * groups),
+        functools.partial(_kernel, tile=tile, each=each, programs=left * groups, skip=skip),
         grid=(left * groups * share, heads, videos),
         in_specs=[
             pl.BlockSpec((None, None, m, d), lambda i, h, video: (video, h, 0, split(i)[1])),
             b_spec,
             tuple(tiles.vector_spec(x) for x in weights),
-            tuple(tiles.shared_spec(x) for x in lists),
         ],
         out_specs=[
             pl.BlockSpec((None, None, None, d, pair * d), lambda i, h, v: (split(i)[0], v, h, *split(i)[1:])),
@@ -72,11 +70,11 @@ def products(
         compiler_params=tiles.params(tile),
         interpret=interpret,
         name="hybrid_products",
-    )(a, b, weights, lists)
+    )(a, b, weights)
     return sums.sum(axis=0), vector[..., : tiles.COLUMNS].sum(axis=(0, -1))
 
 
-def _kernel(a_ref, b_ref, weight_ref, listed, sums_ref, vector_ref, *, tile, each, programs):
+def _kernel(a_ref, b_ref, weight_ref, sums_ref, vector_ref, *, tile, each, programs, skip):
     first = jax.lax.div(pl.program_id(0), programs) * each
     d, dtype = a_ref.shape[1], a_ref.dtype
     parts = tiles.slices(d, b_ref.shape[1])
@@ -84,7 +82,7 @@ def _kernel(a_ref, b_ref, weight_ref, listed, sums_ref, vector_ref, *, tile, eac
     def step(t, sums):
         start = (first + t) * tile.rows
         at = tiles.span(start, tile.rows)
-        of_b = tiles.span(start, tile.rows, listed)
+        of_b = tiles.span(start, tile.rows, skip)
         a = tiles.rows(a_ref, at).T
         weights = [jnp.ones((tile.rows,), jnp.float32)]
         if weight_ref:

@@ -40,7 +40,6 @@ class Tiles:
         read: φ of queries, and read-out of the state.
         read_given: read-out of the state alone.
         products: sums over tokens.
-        products_listed: the same over listed tokens; of its stages, some load numbers and the rest tokens.
         pre_activations: backward through φ's activations.
         hidden: backward through φ's hidden units.
         softmax: flash attention.
@@ -53,7 +52,6 @@ class Tiles:
     read: Tile = Tile(rows=64, warps=4)
     read_given: Tile = Tile(rows=64, warps=4)
     products: Tile = Tile(rows=64, stages=4)
-    products_listed: Tile = Tile(rows=64, stages=6)
     pre_activations: Tile = Tile(rows=64, warps=4)
     hidden: Tile = Tile(rows=64, warps=4, stages=1)
     softmax: Tile = Tile(chunk=128, stages=3)
@@ -87,9 +85,15 @@ def slices(d: int, width: int) -> list:
 # Loads and stores. A ref is one head's: [n, d], or a row vector [n]. Rows are given by their numbers, an int32 [t].
 
 
-def span(start: Array, size: int, listed=()) -> Array:
-    """`size` numbers from `start` on; those that a ref in `listed` has there, where there is one."""
-    return listed[0][pl.ds(start, size)] if listed else start + jnp.arange(size)
+def span(start: Array, size: int, skip: int = 0) -> Array:
+    """The numbers of `size` tokens from the `start`-th on, leaving out the multiples of `skip`."""
+    at = start + jnp.arange(size)
+    return at + jax.lax.div(at, skip - 1) + 1 if skip else at
+
+
+def length(n: int, skip: int = 0) -> int:
+    """How many of n tokens are left then, padded to a multiple of `LONGEST`."""
+    return pl.cdiv(n - pl.cdiv(n, skip) if skip else n, LONGEST) * LONGEST
 
 
 def rows(ref, at: Array, columns=None, other: float = 0.0) -> Array:
@@ -144,11 +148,6 @@ def tokens_spec(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
 def vector_spec(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     """One video and head of [b, h, ...]."""
     return pl.BlockSpec((None, None, *x.shape[2:]), lambda i, h, b: (b, h, *(0,) * (len(x.shape) - 2)))
-
-
-def shared_spec(x: Array) -> pl.BlockSpec:
-    """All of a vector, for every head and video."""
-    return pl.BlockSpec(x.shape, lambda i, h, b: (0,))
 
 
 def head_spec(x: Array) -> pl.BlockSpec:
