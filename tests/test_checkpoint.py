@@ -84,6 +84,19 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
         shutil.rmtree(tmp_path / str(step))
 
 
+def test_gpus_have_host_memory_reserved_for_the_first_save(tmp_path, monkeypatch):
+    put, made = jax.device_put, []
+    monkeypatch.setattr(jax, "device_put", lambda *args: made.append(put(*args)) or made[-1])
+    state = {"a": jnp.arange(6.0), "b": jnp.ones((2, 3), jnp.bfloat16)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.reserve(state)
+        assert not made
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        checkpoints.reserve(state)
+    assert [x.sharding.memory_kind for x in jax.tree.leaves(made)] == ["pinned_host"] * 2
+    assert [x.nbytes for x in jax.tree.leaves(made)] == [x.nbytes for x in jax.tree.leaves(state)]
+
+
 def test_saving_the_same_step_again_is_harmless(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(4, state(1))

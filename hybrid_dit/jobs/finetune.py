@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -123,7 +124,10 @@ def train(
         if first == cfg.steps:
             return state
         batch = source.next()
-        step = trainer.compile(state, batch, teacher)
+        with ThreadPoolExecutor(1) as pool:
+            reserved = pool.submit(checkpoints.reserve, state)
+            step = trainer.compile(state, batch, teacher)
+            reserved.result()
         _, parts = sharding.process_share(trainer.mesh)
         with (
             Monitor(folder, first, cfg.steps, trainer.mesh.size) as monitor,
