@@ -2,9 +2,10 @@
 
 A tile's φ is computed as flash attention computes its output: a loop over chunks of hidden units, each of which exists
 in registers only, with the pre-activations of φ as accumulators, one [t, d] for each power of the polynomial. (Triton
-can't slice a value in registers, hence an accumulator per power.) Where there are too many of them, the loop runs once
-for each power. Weights, 192 KiB a head and map at D = 128, P = 2, don't fit beside everything else; they come from the
-L2 cache for every tile. At 32,760 tokens and 12 heads and with tiles of 64 tokens that is 1.2 GB for a map.
+can't slice a value in registers, hence an accumulator per power.) Where there would be too many of them, the loop runs
+several times, each for some of the powers. Weights, 192 KiB a head and map at D = 128, P = 2, don't fit beside
+everything else; they come from the L2 cache for every tile. At 32,760 tokens and 12 heads and with tiles of 64 tokens
+that is 1.2 GB for a map.
 """
 
 import dataclasses
@@ -25,8 +26,6 @@ LOG2E = math.log2(math.e)
 GELU = math.sqrt(2 / math.pi)
 # log(1 + e) / e on [0, 1]: of all cubic polynomials the one with the smallest relative error, 2^-11.3.
 LOG1P = (0.99960704, -0.48641442, 0.25402585, -0.074343672)
-
-WIDEST = 256  # pre-activations of a token in registers at a time: more spill, and chunks of w1 outgrow shared memory
 
 _POLY = feature_maps.FEATURE_MAPS["poly"].apply  # by function: a user may register another map under this name
 
@@ -163,11 +162,11 @@ class Phi:
 
     def each_power(self, x: Array, refs, tile: Tile):
         """Yields (power, its columns of the features, pre-activations [t, d]) for all powers, ready when asked for."""
-        parts = slices(x.shape[1], refs[2].shape[1])
-        together = refs[2].shape[1] <= WIDEST
-        ys = self.pre_activations(x, refs, tile.chunk, parts) if together else []
-        for power, part in enumerate(parts):
-            yield power, part, ys[power] if together else self.pre_activations(x, refs, tile.chunk, [part])[0]
+        parts, size = slices(x.shape[1], refs[2].shape[1]), max(1, tile.width // x.shape[1])
+        for first in range(0, len(parts), size):
+            group = parts[first : first + size]
+            for power, y in enumerate(self.pre_activations(x, refs, tile.chunk, group), first):
+                yield power, parts[power], y
 
 
 def make(spec: FeatureMapSpec, dtype: DTypeLike, interpret: bool) -> Phi:

@@ -23,12 +23,15 @@ class Tile:
         chunk: hidden units, or keys of softmax, that a step of the inner loop takes.
         warps: of 32 threads.
         stages: of the software pipeline that loads what the loop takes next.
+        width: of φ's pre-activations, how many of a token are in registers at a time. With more than 256 they spill,
+            and chunks of φ's second matrix outgrow shared memory.
     """
 
     rows: int = 128
     chunk: int = 64
     warps: int = 8
     stages: int = 2
+    width: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
