@@ -296,16 +296,20 @@ def measure(case: Case, gpu: int | None = None) -> dict:
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"} | os.environ | {"PYTHONPATH": path}
     if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[gpu]
     command = [sys.executable, __file__, "--case", json.dumps(dataclasses.asdict(case))]
     began = time.perf_counter()
+    row = {}
     try:
         child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {LIMIT} s"}
-    if child.returncode:
-        return {"failed": "\n".join((child.stderr or child.stdout).strip().splitlines()[-12:])[-1500:]}
-    return json.loads(child.stdout.splitlines()[-1]) | {"took": time.perf_counter() - began}
+        row["failed"] = f"took more than {LIMIT} s"
+    else:
+        if child.returncode:
+            row["failed"] = "\n".join((child.stderr or child.stdout).strip().splitlines()[-12:])[-1500:]
+        else:
+            row = json.loads(child.stdout.splitlines()[-1])
+    return row | {"took": time.perf_counter() - began}
 
 
 def told(row: dict, rows: list[dict]) -> str:
@@ -351,9 +355,8 @@ def main() -> None:
     if not args.out:
         parser.error("--out is missing")
     machine, rows = {"python": platform.python_version(), "machine": platform.machine()}, []
-    wanted = [case for what in args.what for case in cases(what) if args.only in case.name]
-    wanted = [dataclasses.replace(case, tiny=args.tiny, remat=args.remat) for case in wanted]
-    for group in together(wanted):
+    for group in (group for what in args.what for group in together(what, args.only)):
+        group = [dataclasses.replace(case, tiny=args.tiny, remat=args.remat) for case in group]
         with ThreadPoolExecutor(len(group)) as pool:
             measured = pool.map(measure, group, range(len(group)) if len(group) > 1 else [None])
             for case, found in zip(group, measured):
@@ -364,13 +367,12 @@ def main() -> None:
                 args.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
-def together(wanted: list[Case]) -> list[list[Case]]:
-    """Groups of rows to measure at once: two of one GPU where there are rows of two, else each by itself."""
+def together(what: str, only: str) -> list[list[Case]]:
+    """A mode's rows in groups to measure at once: two of one GPU where there are two GPUs, else each by itself."""
     groups = []
-    pairs = any(case.devices == 2 for case in wanted)
-    for case in wanted:
+    for case in (case for case in cases(what) if only in case.name):
         last = groups[-1] if groups else []
-        if pairs and case.devices == 1 and len(last) == 1 and last[0].devices == 1:
+        if what == "scale" and case.devices == 1 and len(last) == 1 and last[0].devices == 1:
             last.append(case)
         else:
             groups.append([case])

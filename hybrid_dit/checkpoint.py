@@ -59,11 +59,18 @@ class Checkpoints:
         """Has JAX allocate the host memory that `save` copies `state` through, and keep it; on GPUs, elsewhere nothing.
 
         Such memory comes at about a gigabyte a second: training would stop that long for the first save. So call it
-        while something else has to be waited for. `state` has to stay until it returns.
+        while something else has to be waited for. `state` has to stay until it returns. Where there is not enough
+        memory, that is printed.
         """
-        if jax.default_backend() == "gpu":
-            places = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), state)
-            jax.block_until_ready(jax.device_put(state, places))
+        if jax.default_backend() != "gpu":
+            return
+        shards = [x for leaf in jax.tree.leaves(state) for x in leaf.addressable_shards if x.replica_id == 0]
+        pinned = [jax.sharding.SingleDeviceSharding(x.device, memory_kind="pinned_host") for x in shards]
+        try:
+            jax.block_until_ready(jax.device_put([x.data for x in shards], pinned))
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).split("\n")[0][:200]
+            print(f"note: no host memory could be reserved for checkpoints: {reason}", flush=True)
 
     def save(self, step: int, state: PyTree, extra: dict | None = None, loss: float | None = None) -> None:
         """Saves in the background; `state` may be donated or changed right after. A step saved already is left alone.

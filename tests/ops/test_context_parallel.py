@@ -116,6 +116,7 @@ def test_an_unknown_backend_is_told():
         (AttentionSpec("hybrid", 2, "lattice", FeatureMapSpec("hedgehog"), "lse"), ODD, "tpu"),  # 45 tokens as 4 x 12
         (AttentionSpec(), (UNEVEN[0], 1, 1, 2), "tpu"),  # heads do not divide
         (AttentionSpec("hybrid", 4), UNEVEN, "gpu"),
+        (AttentionSpec("hybrid", 2), ((2, 3, 4), 1, 1, 1), "gpu"),  # alike on all devices: S's keys are left out
     ],
     ids=lambda x: x if isinstance(x, str) else harness.name_of(x),
 )

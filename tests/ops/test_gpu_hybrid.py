@@ -76,6 +76,35 @@ def test_values_and_vjp_match_the_oracle(spec):
         assert error <= 1e-5 * size, leaf
 
 
+@pytest.mark.parametrize("spec", [MAX, LSE, LINEAR], ids=harness.name_of)
+def test_without_gradients(spec):
+    """φ of the queries is computed within the last kernel then: float32 against the oracle, bfloat16 against XLA."""
+    point = make_point(spec)
+    run = jax.jit(partial(gpu_hybrid.attention, spec=spec, grid=GRID, sizes=SMALL))
+    exact = oracle.attention(oracle.float64(point), spec, GRID)
+    assert np.abs(oracle.float64(run(*point)) - exact).max() <= 1e-5
+    point = make_point(spec, dtype=jnp.bfloat16)
+    exact = oracle.attention(oracle.float64(point), spec, GRID)
+    plain = jax.jit(partial(hybrid.attention, spec=spec, grid=GRID, backend="xla"))
+    fused, plain = (np.linalg.norm(oracle.float64(f(*point)) - exact) for f in (run, plain))
+    assert fused <= 1.5 * plain
+
+
+@pytest.mark.parametrize("rate, n", [(2, 1), (8, 1), (8, 5), (129, 257), (2, 256)])
+def test_few_keys_or_as_many_as_tiles_have(rate, n):
+    spec = AttentionSpec("hybrid", rate, feature_map=FeatureMapSpec(degree=1))
+    point = make_point(spec, ((1, 1, n), 1, 1, 1))
+
+    def gradients(run):
+        return jax.jit(lambda *args: jax.vjp(run, *args)[1](point.v))(*point)
+
+    ours = gradients(partial(gpu_hybrid.attention, spec=spec, grid=(1, 1, n), sizes=SMALL))
+    plain = gradients(partial(hybrid.attention, spec=spec, grid=(1, 1, n), backend="xla"))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
+        # Two programs' roundings of sums of n terms each; with one key q and k have no gradient, but for rounding.
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-6 * np.linalg.norm(point.v)
+
+
 def test_no_linear_tokens_is_softmax():
     spec, grid = AttentionSpec("hybrid", 1), (1, 2, 3)  # fewer tokens than a tile has
     point = make_point(spec, (grid, 1, 1, 1))
@@ -142,8 +171,8 @@ def test_one_part_vanishes(spec, bias):
 
 
 def test_under_vmap_checkpoint_and_shard_map():
-    """Blocks with maps of their own, one to a device: each gets what it gets alone."""
-    points = [make_point(MAX, seed=seed) for seed in (0, 1)]
+    """Blocks with maps of their own, two to a device: each gets what it gets alone."""
+    points = [make_point(MAX, seed=seed) for seed in range(4)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *points)
 
     def gradient(point):
@@ -213,6 +242,12 @@ def test_all_gradients_of_the_linear_part():
     ours, plain = (jax.jit(jax.grad(partial(total, backend=b), (0, 1, 2, 3)))(phi, q, k, v) for b in ("gpu", "xla"))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+def test_linear_part_without_keys():
+    q, k, v, phi = make_point(SHORT, ((1, 1, 3), 1, 1, 1))
+    for x in gpu_hybrid.linear_part(q, k, v, phi, AttentionSpec("hybrid", 1, feature_map=SHORT.feature_map), (1, 1, 3)):
+        assert x.shape[:3] == q.shape[:3] and not x.any()
 
 
 def test_gradients_in_q_k_v_are_made_only_where_asked_for():

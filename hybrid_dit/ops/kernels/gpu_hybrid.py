@@ -1,8 +1,8 @@
 """Hybrid attention (paper Eq. 5) on a GPU from fused kernels, forward and backward.
 
-Forward: φ of all keys and its sums (`gpu_linear.features`, `gpu_products`), softmax over S's keys (`gpu_softmax`),
+Forward: φ of the keys of L and its sums (`gpu_linear.features`, `gpu_products`), softmax over S's keys (`gpu_softmax`),
 `gpu_linear.read` for φ_q and the quotient. Left for the backward pass: the inputs, the output y, its denominator and
-log-normaliser, the state, and the features of q and k, 2 F numbers of 16 bits a token and head.
+log-normaliser, the state, and the features of q and of L's keys, F numbers of 16 bits each a token and head.
 
 Backward, with y_i = n_i / Z_i (numerator and denominator of Eq. 5, c_i held fixed): dn_i = g_i / Z_i and
 dZ_i = −g_i·y_i / Z_i are the cotangents of the linear part's sums as of the softmax part's, so the two branches don't
@@ -263,14 +263,14 @@ def _linear_backward(how, q, k, v, phi, sums, features, dn, dl, inputs: bool):
         features[1], v, None, _rounded(dsums, k), *rest, values=inputs, skip=skip
     )
     dphi, dx = jax.tree.map(jnp.zeros_like, phi), []
-    for name, x, dy, weights, left_out in (("q", q, dy_q, weights_q, 0), (keys, k, dy_k, weights_k, skip)):
-        found, into = _map_backward(how, x, dy, weights, inputs, left_out)
+    for name, x, *of in (("q", q, dy_q, weights_q, 0), (keys, k, dy_k, weights_k, skip)):
+        found, into = _map_backward(how, x, *of, inputs)
         dphi[name] = jax.tree.map(jnp.add, dphi[name], _unpadded(found, phi[name]))
         dx.append(into)
     return dphi, (*dx, dv)
 
 
-def _map_backward(how, x, dy, weights, inputs, skip):
+def _map_backward(how, x, dy, weights, skip, inputs):
     """Gradients of one map: (in w0, b0, w1 and b1 as `gpu_phi.operands` has them, in x or None)."""
     h, da, dx = gpu_linear_backward.hidden(x, dy, weights, *_rest(how), inputs=inputs, skip=skip)
     rest = x.shape[3], how.sizes, how.interpret
@@ -292,7 +292,7 @@ def _skip(how, k) -> int:
     """
     rate, length, parts = how.spec.rate, k.shape[1], how.shard.parts if how.shard else 1
     whole = length * parts == math.prod(how.grid) and (parts == 1 or length % rate == 0)
-    return rate if whole and how.spec.kind == "hybrid" and how.spec.pattern == "stride" else 0
+    return rate if whole and rate > 1 and how.spec.kind == "hybrid" and how.spec.pattern == "stride" else 0
 
 
 def _keep(how, k) -> Array:

@@ -1,17 +1,19 @@
 """The linear part of hybrid attention on a GPU, forward: two Pallas kernels on Triton.
 
-`features` writes φ_k(k_j) in 16 bits, for the keys of L and no others; `gpu_products` sums them with the values to the
-state and the normaliser. (One kernel for both, which computed φ_k's first layer once per power for want of registers,
-took 0.52 ms on an H200 at 32,760 tokens and 12 heads, `features` 0.30; attention at R = 8 went from 2.35 to 2.19 ms.)
+`features` writes φ_k(k_j) in 16 bits, for the keys of L and, where those have a regular stride (`gpu_hybrid`), for no
+others; `gpu_products` sums them with the values to the state and the normaliser. (One kernel for both, which computed
+φ_k's first layer once per power for want of registers, took 0.52 ms on an H200 for 32,760 keys and 12 heads, `features`
+0.30; attention at R = 8 went from 2.35 to 2.19 ms.)
 
 `read` goes over tiles of queries and writes Eq. 5's output, with the softmax part's sums given, or the linear part's
 own sums. φ_q is fused in, but where a backward pass will want the features of queries, too: then `features` writes them
 first. So a block that is computed anew for its backward pass, but for what `ops.residuals` keeps, gets them back
 without its softmax.
 
-Floor, multiply-adds a token and head at D = 128, F = hidden = 256: φ 98,304, the read-out 32,768, 0.18 TFLOP together
-for 32,760 tokens and 12 heads: 0.23 ms at the 780 TFLOP/s that an H100 reaches at best. Element-wise work takes about
-as long where it doesn't overlap. Memory: 0.3 GB each, 0.14 ms together.
+Floor, multiply-adds a token and head at D = 128, F = hidden = 256: φ 98,304, the read-out 32,768. With
+32,760 tokens, as many keys and 12 heads that is 0.18 TFLOP together, 0.23 ms at the 780 TFLOP/s that an H100 reaches at
+best; 0.17 TFLOP with the keys of L at R = 8, 0.14 at R = 2. Element-wise work takes about as long where it doesn't
+overlap. Memory: 0.3 GB each, 0.14 ms together.
 
 The state is read in 16 bits: that adds a hundredth to the output's error, most of which is its own rounding and that of
 the features.

@@ -8,15 +8,16 @@ With n_i = φ_q(q_i) S and l_i = φ_q(q_i)·z, the numerator and denominator of 
 `pre_activations` takes both to the cotangents dy of what φ's activations are applied to (16 bits, [b, h, m, f]), the
 activation's slope being known from its value. With the map x -> gelu(a) w1 + b1 where a = x w0 + b0 and h = gelu(a),
 
-    da = (dy w1ᵀ) gelu'(a),  dx = da w0ᵀ          of every token, with h                      `hidden`
+    da = (dy w1ᵀ) gelu'(a),  dx = da w0ᵀ          of every query and key of L, with h         `hidden`
     dw1 = Σ_i h_iᵀ dy_i,  db1 = Σ_i dy_i,  dw0 = Σ_i x_iᵀ da_i,  db0 = Σ_i da_i.
 
 Distillation needs no dx and dv.
 
 Floor, multiply-adds a token and head at D = 128, F = hidden = 256: `pre_activations` 32,768, and as many for dv;
 `hidden` 98,304 and 32,768 for dx. Both run for queries and keys: 0.2 TFLOP for stage 1 and 0.28 for stage 3 with 32,760
-tokens and 12 heads, 0.26 and 0.36 ms at 780 TFLOP/s. Memory: 0.5 GB and 0.7 GB for each of the two runs, so 0.24 and
-0.33 ms at 4.3 TB/s.
+of each and 12 heads, 0.26 and 0.36 ms at 780 TFLOP/s; with the keys of L at R = 8, 6% less, at R = 2 a quarter. Memory:
+0.5 GB and 0.7 GB for each of the two runs, so 0.24 and 0.33 ms at 4.3 TB/s; and 0.1 GB each to write zeros to dx and dv
+first, where the keys of S have no rows among them.
 """
 
 import functools

@@ -53,7 +53,8 @@ class Phi:
 
     Attributes:
         spec: of the map; `fits` it.
-        exact: whether for float32 inputs. Otherwise errors of 2^-11 are taken, a quarter of a rounding to bfloat16.
+        exact: whether for float32 inputs. Otherwise errors of 2^-11 are taken, a quarter of a rounding to
+            bfloat16; (p + 1) times that in the features of power p.
         ptx: whether in a compiled kernel, where single instructions approximate tanh, powers of 2 and roots.
     """
 

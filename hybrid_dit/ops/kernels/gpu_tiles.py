@@ -95,8 +95,8 @@ def span(start: Array, size: int, skip: int = 0) -> Array:
 
 
 def length(n: int, skip: int = 0) -> int:
-    """How many of n tokens are left then, padded to a multiple of `LONGEST`."""
-    return pl.cdiv(n - pl.cdiv(n, skip) if skip else n, LONGEST) * LONGEST
+    """How many of n tokens are left then, padded to a multiple of `LONGEST` that is not 0."""
+    return max(1, pl.cdiv(n - pl.cdiv(n, skip) if skip else n, LONGEST)) * LONGEST
 
 
 def rows(ref, at: Array, columns=None, other: float = 0.0) -> Array:
