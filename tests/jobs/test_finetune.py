@@ -221,7 +221,7 @@ def test_a_run_killed_at_random_steps_ends_with_bit_equal_parameters(base, unint
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_at_hand(base, uninterrupted, tmp_path, monkeypatch, capsys, number):
     config = base[1](tmp_path, save_every=100)
-    real = LossLog.add
+    real, reserved = LossLog.add, []
 
     def press(log, step, *args, **values):
         real(log, step, *args, **values)
@@ -230,9 +230,11 @@ def test_a_signal_saves_the_step_at_hand(base, uninterrupted, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(LossLog, "add", press)
+        patch.setattr(Checkpoints, "reserve", lambda _, state: reserved.append(state))
         with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as info:
             finetune.run(config, tmp_path)
     assert number == signal.SIGINT or info.value.code == 0
+    assert len(reserved) == 1  # before the step that may overwrite it
     assert "saving after step 3" in capsys.readouterr().out and not (tmp_path / "finetune/done.json").exists()
     if number == signal.SIGTERM:
         finetune.run(config, tmp_path)
