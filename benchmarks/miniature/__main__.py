@@ -9,9 +9,13 @@ is in `measured/` there: what is missing is measured first, and kept, so interru
 `hybrid_dit.scoring`, 0 to 100, on held-out prompts that no error was measured on, from one and the same noise; every
 distillation is made with several seeds. Scores are means over seeds, intervals 95% bootstrap over videos (of their
 means over seeds).
+
+Beside the scores of a model are the FLOPs that its self-attention saves, and what the same choice of rates is worth at
+full size: the time of softmax over that of its blocks' attention (`SPEED`), from what the job `bench` measured.
 """
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -32,6 +36,16 @@ from hybrid_dit import cost  # noqa: E402
 from hybrid_dit.jobs import select_rates  # noqa: E402
 from hybrid_dit.metrics import bootstrap_interval  # noqa: E402
 
+BENCH = Path("docs/results/h200/bench.csv")  # by configs/bench.py:wan_1_3b, stabiliser lse
+SPEED = "speed at 32,760 tokens"
+
+
+def seconds_of_attention() -> dict[str, float]:
+    """{label: seconds} of a block's attention at 480 x 832 x 81, from `BENCH`."""
+    with BENCH.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["what"] == "op" and row["tokens"] == "32760"]
+    return {row["label"]: float(row["seconds"]) for row in rows}
+
 
 def interval(values: np.ndarray) -> list[float]:
     """[mean, low, high]."""
@@ -42,12 +56,13 @@ def scored(study: Study, table: Table, seeds: list[int]) -> dict:
     """Scores every row and checks every claim."""
     flops, shape = select_rates.flop_costs(study.config), select_rates.attention_shape(study.config)
     flops["linear"] = cost.self_attention_flops(shape, study.specs["linear"])
-    teacher = study.teacher()
+    seconds, teacher = seconds_of_attention(), study.teacher()
     totals, rows = {}, []
     for row in table.rows:
         runs = [study.score(row, seed) for seed in seeds]
         mean = {name: np.mean([run[name] for run in runs], axis=0) for name in ("total", *table.columns)}
         totals[row.name] = mean["total"]
+        speeds = [len(run["choice"]) * seconds["softmax"] / sum(seconds[c] for c in run["choice"]) for run in runs]
         saved = [1 - sum(flops[c] for c in run["choice"]) / (len(run["choice"]) * flops["softmax"]) for run in runs]
         rows.append(
             {
@@ -55,6 +70,7 @@ def scored(study: Study, table: Table, seeds: list[int]) -> dict:
                 "score": interval(mean["total"]),
                 "seeds": ", ".join(f"{np.mean(run['total']):.1f}" for run in runs),
                 "self-attention FLOPs saved": round(float(np.mean(saved)), 3),
+                SPEED: round(float(np.mean(speeds)), 2),
                 **{name: interval(mean[name]) for name in table.columns},
                 "blocks (seed 0)": " ".join(runs[0]["choice"]),
             }

@@ -226,7 +226,7 @@ class Study:
 
     def _finetuned(self, row: Row, seed: int, folder: Path, choice: Sequence[str]):
         """Runs stages 2 and 3 beside a copy of stage 1, with the row's own choice in place of stage 2's."""
-        workdir = self.work / f"finetune_{row.finetune}_{folder.parent.name}"
+        workdir = self.work / f"finetune_{row.finetune}_{'-'.join(choice)}_{folder.parent.name}"
         config = self.settings(seed, row.distill)
         with config.unlocked():
             config.finetune.steps, config.finetune.batch, config.finetune.videos = row.finetune, 16, 1000
