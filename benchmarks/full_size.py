@@ -6,8 +6,8 @@
   vae    full size, encode and decode of 17 x 240 x 416 in float32 against diffusers; 8 GB
   umt5   UMT5-XXL in bfloat16 against transformers in float32; wants a GPU with 60 GB
 
-Prints relative errors and exits with 1 if one is above its bound. Bounds: 1e-5 for the DiT and 1e-4 for the VAE (the
-issue's); for UMT5 the error of transformers' own bfloat16 against its float32.
+Prints relative errors and exits with 1 if one is above its bound. Bounds: 1e-5 for the DiT and 1e-4 for the VAE, of
+our choice; for UMT5 the error of transformers' own bfloat16 against its float32.
 """
 
 import argparse

@@ -24,12 +24,12 @@ def get_config(job: str, model: str) -> ConfigDict:
     c.seed = 0
 
     c.model = ConfigDict()
-    c.model.weights = "assets/wan-tiny" if tiny else ""  # pipeline folder in diffusers' layout
+    c.model.weights = "assets/wan-tiny" if tiny else ""  # pipeline folder: diffusers' layout or the original
     c.model.frames = 33 if tiny else 81  # 4n + 1
     c.model.height = 128 if tiny else 480  # multiples of 16
     c.model.width = 128 if tiny else 832
     c.model.compute_dtype = "float32" if tiny else "bfloat16"  # of activations; parameters are float32
-    c.model.attention_backend = "auto"  # xla; tpu, gpu: fused kernels, slow anywhere else; auto: on TPU, H100, H200
+    c.model.attention_backend = "auto"  # xla; tpu, gpu: fused kernels, slow anywhere else; auto: see ops/backends.py
     c.model.negative_prompt = "" if tiny else WAN_NEGATIVE_PROMPT  # of guidance
 
     c.prompts = ConfigDict()

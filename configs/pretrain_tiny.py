@@ -1,7 +1,7 @@
 """Trains the bundled teacher `assets/wan-tiny` from nothing on the moving-shapes world.
 
 Run:    python -m hybrid_dit.main --config=configs/pretrain_tiny.py --workdir=runs/pretrain_tiny
-Takes:  about 9 minutes on one H200 (an accelerator is needed in practice).
+Takes:  about 13 minutes on one H200 (an accelerator is needed in practice).
 Gives:  a pipeline folder runs/pretrain_tiny/wan-tiny in diffusers' layout with its training record.
 """
 

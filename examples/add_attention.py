@@ -4,7 +4,8 @@
         --config.distill.feature_map=focused
 
 φ(x) = r^p · ‖r‖ / ‖r^p‖ with r = relu(W x + b), element by element, p = 3: it keeps the length of r and makes its
-direction sharper. W is learned per head and starts as the identity. `docs/add_attention.md` walks through this file.
+direction sharper. W is learned per head and starts as the identity over √d. `docs/add_attention.md` walks through
+this file.
 """
 
 import sys

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_dit import sharding
-from hybrid_dit.array_typing import Array, DTypeLike, Shaped
+from hybrid_dit.array_typing import Array, DTypeLike, PyTree, Shaped
 from hybrid_dit.convert.pipeline import Pipeline
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.umt5 import UMT5Config, UMT5Encoder, encode_prompts
@@ -55,15 +55,26 @@ def text_context(pipeline: Pipeline, prompts: Sequence[str]) -> tuple[Array, Arr
     """
     ids, lengths = pipeline.tokenizer(prompts, pipeline.text_tokens)
     rows = min(-(-int(lengths.max()) // TEXT_ROWS) * TEXT_ROWS, pipeline.text_tokens)
-    params = jax.device_put(pipeline.text_params)
+    params = _placed(pipeline.text_params)
     place = jax.tree.leaves(params)[0].sharding  # of an encoder on a mesh: what it returns is whole on every device
-    embed = _text_encoder(pipeline.text, sharding.replicated(place.mesh) if isinstance(place, NamedSharding) else None)
+    split = isinstance(place, NamedSharding)
+    embed = _text_encoder(pipeline.text, sharding.replicated(place.mesh) if split else None)
     batch = min(TEXT_BATCH, len(prompts))
     parts = []
     for start in range(0, len(prompts), batch):
         index = np.minimum(np.arange(start, start + batch), len(prompts) - 1)  # the last batch is filled up
-        parts.append(embed(params, ids[index, :rows], lengths[index]))
+        found = embed(params, ids[index, :rows], lengths[index])
+        parts.append(np.asarray(found) if split else found)  # others' arrays are on one device
     return pack_text(jnp.concatenate(parts)[: len(prompts)], lengths, pipeline.text_tokens)
+
+
+def _placed(params: PyTree) -> PyTree:
+    """Parameters on this process's devices: whole on one or, if they are large, split over all. Arrays of JAX stay."""
+    leaves = jax.tree.leaves(params)
+    if isinstance(leaves[0], jax.Array) or sum(x.nbytes for x in leaves) <= sharding.WHOLE:
+        return jax.device_put(params)
+    mesh = sharding.data_mesh(jax.local_devices())
+    return sharding.put(params, sharding.param_shardings(mesh, params, sharding.TEXT_RULES))
 
 
 @functools.lru_cache(maxsize=2)

@@ -20,7 +20,6 @@ from hybrid_dit.convert.mesh import load_sharded
 from hybrid_dit.convert.pipeline import Pipeline, find, load_pipeline
 from hybrid_dit.text_cache import TextCache, embedding_file
 
-WHOLE = 4 * 2**30  # weights of up to this many bytes are on every device: gathering them would cost time at every step
 # Dense layers that are only ever used in the dtype of activations: kept in it, they give the same to the last bit.
 _CAST = re.compile(r"(blocks/(self_attn|cross_attn|ffn_).*|patch_embedding|text_embedding_\d|head)/(kernel|bias)")
 
@@ -98,7 +97,7 @@ def kept_dtype(path: str, dtype: DTypeLike) -> np.dtype:
 def dit_rules(params: Mapping, mesh: Mesh) -> sharding.Rules:
     """Returns where parameters {path: anything with shape and dtype} go: whole everywhere unless they are large."""
     size = sum(math.prod(p.shape) * p.dtype.itemsize for p in params.values())
-    return sharding.REPLICATED if size <= WHOLE else sharding.over_all_axes(mesh, sharding.DIT_RULES)
+    return sharding.REPLICATED if size <= sharding.WHOLE else sharding.over_all_axes(mesh, sharding.DIT_RULES)
 
 
 def load_vae(weights: str) -> Pipeline:

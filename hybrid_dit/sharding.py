@@ -44,6 +44,7 @@ TEXT_RULES: Rules = (
     (r".*(scale|relative_bias)", PartitionSpec()),
 )
 REPLICATED: Rules = ((r".*", PartitionSpec()),)
+WHOLE = 4 * 2**30  # weights of up to this many bytes need not be split: gathering them would cost time at every step
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

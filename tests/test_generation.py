@@ -13,7 +13,7 @@ import pytest
 import torch
 from pipelines import FRAMES, SIZE, random_like, random_pipeline
 
-from hybrid_dit import generation
+from hybrid_dit import generation, sharding
 from hybrid_dit.convert.pipeline import load_pipeline, save_pipeline
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.vae import VAEConfig
@@ -162,6 +162,19 @@ def test_a_text_does_not_depend_on_the_texts_beside_it(pipeline):
         # Another batch and padding change the order of float32 sums alone: values are of order 1.
         np.testing.assert_allclose(text[i, :own], alone[0, :own], atol=1e-5)
         assert not np.asarray(text[i, own:]).any()  # Wan's padding is zero
+
+
+def test_a_large_text_encoder_is_split_over_the_devices(pipeline, monkeypatch):
+    expected = generation.text_context(pipeline, PROMPTS)
+    put, made = sharding.put, []
+    monkeypatch.setattr(sharding, "put", lambda *args: made.append(put(*args)) or made[-1])
+    monkeypatch.setattr(sharding, "WHOLE", 1000)
+    found = generation.text_context(pipeline, PROMPTS)
+    kernel = made[0]["blocks"]["ffn"]["gate"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * jax.local_device_count() == kernel.size
+    assert len(found[0].devices()) == 1
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)  # values of order 1, float32 sums in another order
 
 
 def test_named_noise_depends_on_seed_name_and_number_alone():

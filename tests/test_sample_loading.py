@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from pipelines import random_pipeline
 
-from hybrid_dit import generation, sample_loading
+from hybrid_dit import generation, sample_loading, sharding
 from hybrid_dit.convert import tables
 from hybrid_dit.convert.abstract import abstract_dit
 from hybrid_dit.convert.pipeline import load_pipeline
@@ -51,7 +51,7 @@ def test_devices_are_grouped_by_what_goes_through_the_dit_at_once(cfg, groups):
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_large_dit_is_split_over_all_devices(folder, monkeypatch, whole):
     if not whole:
-        monkeypatch.setattr(sample_loading, "WHOLE", 1000)
+        monkeypatch.setattr(sharding, "WHOLE", 1000)
     mesh = sample_loading.sampling_mesh(settings(2))
     params = sample_loading.load_dit(folder / "transformer", mesh, "bfloat16")
     expected = tables.flatten(load_pipeline(folder).dit)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from hybrid_dit.array_typing import Array, Float, PyTree
+from hybrid_dit.errors import UserError
 from hybrid_dit.ops import backends, hybrid, residuals
 from hybrid_dit.ops.hybrid import combine, linear_sums, stabilised_sums
 from hybrid_dit.ops.kernels import gpu_hybrid, tpu_hybrid
@@ -116,12 +117,20 @@ def shard_attention(
         grid: of all tokens.
         shard: how they are split.
         backend: as in `ops.hybrid.attention`.
+
+    Raises:
+        UserError: a kind of attention that is not known here.
     """
     if shard.parts == 1 and q.shape[1] == math.prod(grid):
         return hybrid.attention(q, k, v, phi, spec=spec, grid=grid, backend=backend)
     chosen = backends.choose(backend, spec, q.shape[-1], q.dtype)
     if spec.kind == "softmax":
         return _softmax(q, k, v, phi, spec, grid, shard, backend, chosen)
+    if not spec.is_eq5:
+        raise UserError(
+            f"attention of kind {spec.kind!r} is not written for tokens split over devices; set mesh.seq=1, or give "
+            "it a branch in hybrid_dit/ops/context_parallel.py"
+        )
     if chosen == "tpu":
         return tpu_hybrid.attention(partial(_mixed, shard=shard), q, k, v, phi, spec, grid, shard)
     if chosen == "gpu":

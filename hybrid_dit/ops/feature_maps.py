@@ -97,7 +97,7 @@ def _dense(x: Array, kernel: Array, bias: Array) -> Array:
 
 
 def _poly_init(key, heads, head_dim, spec):
-    """Small features at first: φ_q·φ_k is about 0.05, the weight of a key well below the row's maximum.
+    """Small features at first: φ_q·φ_k is about 0.07, the weight of a key well below the row's maximum.
 
     With a zero bias in the last layer it would be D/2 or more against exp(s_ij − c_i) <= 1, and the linear part would
     drown the softmax part until training has shrunk it.

@@ -76,6 +76,11 @@ class AttentionSpec:
         return self.kind != "softmax"
 
     @property
+    def is_eq5(self) -> bool:
+        """Whether it is the paper's Eq. 5, with or without softmax tokens: what fused kernels know beside softmax."""
+        return self.kind in ("linear", "hybrid")
+
+    @property
     def label(self) -> str:
         """Short name used in file names and tables: softmax, R2, R4, ..., linear."""
         return f"R{self.rate}" if self.kind == "hybrid" else self.kind

@@ -13,8 +13,9 @@ from hybrid_dit import sharding
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanConfig, WanDiT
 from hybrid_dit.ops import backends, context_parallel, feature_maps
+from hybrid_dit.ops import spec as ops_spec
 from hybrid_dit.ops.hybrid import attention
-from hybrid_dit.ops.kernels import tpu_blocks
+from hybrid_dit.ops.kernels import gpu_hybrid, tpu_blocks, tpu_hybrid
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
 
 R2 = AttentionSpec("hybrid", 2)
@@ -89,6 +90,8 @@ def test_what_kernels_do_not_take_runs_on_xla(monkeypatch):
     for name in ("elu", "squares"):
         monkeypatch.setitem(feature_maps.FEATURE_MAPS, name, entry)
         assert not kernels(AttentionSpec("hybrid", 2, feature_map=FeatureMapSpec(name)), "tpu")
+    monkeypatch.setattr(ops_spec, "KINDS", (*ops_spec.KINDS, "window"))  # a kind of a user's own
+    assert not any(module.fits(AttentionSpec("window"), 64, jnp.bfloat16) for module in (gpu_hybrid, tpu_hybrid))
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known():

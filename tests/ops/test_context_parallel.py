@@ -15,6 +15,7 @@ from test_hybrid import EVEN, ODD, SPARSE, D, make_point
 from hybrid_dit import hlo
 from hybrid_dit.errors import UserError
 from hybrid_dit.ops import feature_maps
+from hybrid_dit.ops import spec as ops_spec
 from hybrid_dit.ops.context_parallel import Split, attention
 from hybrid_dit.ops.shards import Shard
 from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec
@@ -108,6 +109,13 @@ def test_an_unknown_backend_is_told():
     point = make_point(AttentionSpec("hybrid", 2), ODD)
     with pytest.raises(UserError, match="attention backend 'gpus' is unknown"):
         attention(*point, spec=AttentionSpec("hybrid", 2), grid=ODD[0], split=split("seq"), backend="gpus")
+
+
+def test_a_kind_of_attention_that_it_does_not_know_is_told(monkeypatch):
+    monkeypatch.setattr(ops_spec, "KINDS", (*ops_spec.KINDS, "window"))
+    point = make_point(AttentionSpec("hybrid", 2), ODD)
+    with pytest.raises(UserError, match="attention of kind 'window' is not written for tokens split over devices"):
+        attention(*point, spec=AttentionSpec("window"), grid=ODD[0], split=split("seq"))
 
 
 @pytest.mark.parametrize(

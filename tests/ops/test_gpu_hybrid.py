@@ -122,7 +122,7 @@ def test_no_linear_tokens_is_softmax():
 
 
 def test_bfloat16_is_no_worse_than_plain_xla():
-    """Relative errors of the output, of dq, dk, dv and of φ's gradient; the margin is the issue's.
+    """Relative errors of the output, of dq, dk, dv and of φ's gradient; the margin is ours.
 
     Of φ's leaves the root mean square: a bias has 16 numbers, whose errors' norm scatters by a half.
     """

@@ -57,7 +57,7 @@ def fits(spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -> bool:
     """Whether the kernels compute this attention: bfloat16, and float32 where they are interpreted."""
     widths = 16 <= head_dim <= LONGEST and head_dim & (head_dim - 1) == 0
     dtypes = (jnp.bfloat16,) if _has_gpu() else (jnp.bfloat16, jnp.float32)
-    return spec.converted and gpu_phi.fits(spec.feature_map) and widths and dtype in dtypes
+    return spec.is_eq5 and gpu_phi.fits(spec.feature_map) and widths and dtype in dtypes
 
 
 def tuned(device_kind: str) -> bool:

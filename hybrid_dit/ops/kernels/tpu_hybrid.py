@@ -31,7 +31,7 @@ def aligned(head_dim: int) -> bool:
 
 def fits(spec: AttentionSpec, head_dim: int, dtype: DTypeLike) -> bool:
     """Whether the kernels, interpreted or not, compute this attention."""
-    known = not spec.converted or tile_features.fits(spec.feature_map)
+    known = spec.kind == "softmax" or (spec.is_eq5 and tile_features.fits(spec.feature_map))
     return known and head_dim <= LANES and dtype in (jnp.bfloat16, jnp.float32)
 
 
