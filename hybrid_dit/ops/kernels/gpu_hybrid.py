@@ -1,6 +1,6 @@
 """Hybrid attention (paper Eq. 5) on a GPU from fused kernels, forward and backward.
 
-Forward: φ of the keys of L and its sums (`gpu_linear.features`, `gpu_products`), softmax over S's keys (`gpu_softmax`),
+Forward: φ of the keys (of L alone, see `_skip`) and its sums (`gpu_linear.features`, `gpu_products`), softmax over S's keys (`gpu_softmax`),
 `gpu_linear.read` for φ_q and the quotient. Left for the backward pass: the inputs, the output y, its denominator and
 log-normaliser, the state, and the features of q and of L's keys, F numbers of 16 bits each a token and head.
 
