@@ -1,8 +1,9 @@
 """Hybrid attention (paper Eq. 5) on a GPU from fused kernels, forward and backward.
 
-Forward: φ of the keys (of L alone, see `_skip`) and its sums (`gpu_linear.features`, `gpu_products`), softmax over S's keys (`gpu_softmax`),
-`gpu_linear.read` for φ_q and the quotient. Left for the backward pass: the inputs, the output y, its denominator and
-log-normaliser, the state, and the features of q and of L's keys, F numbers of 16 bits each a token and head.
+Forward: φ of the keys (of L alone, see `_skip`) and its sums (`gpu_linear.features`, `gpu_products`), softmax over S's
+keys (`gpu_softmax`), `gpu_linear.read` for φ_q and the quotient. Left for the backward pass: the inputs, the output y,
+its denominator and log-normaliser, the state, and the features of q and of L's keys, F numbers of 16 bits each a token
+and head.
 
 Backward, with y_i = n_i / Z_i (numerator and denominator of Eq. 5, c_i held fixed): dn_i = g_i / Z_i and
 dZ_i = −g_i·y_i / Z_i are the cotangents of the linear part's sums as of the softmax part's, so the two branches don't
