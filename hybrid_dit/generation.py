@@ -55,7 +55,7 @@ def text_context(pipeline: Pipeline, prompts: Sequence[str]) -> tuple[Array, Arr
     """
     ids, lengths = pipeline.tokenizer(prompts, pipeline.text_tokens)
     rows = min(-(-int(lengths.max()) // TEXT_ROWS) * TEXT_ROWS, pipeline.text_tokens)
-    params = _placed(pipeline.text_params)
+    params = place_encoder(pipeline.text_params)
     place = jax.tree.leaves(params)[0].sharding  # of an encoder on a mesh: what it returns is whole on every device
     split = isinstance(place, NamedSharding)
     embed = _text_encoder(pipeline.text, sharding.replicated(place.mesh) if split else None)
@@ -68,8 +68,11 @@ def text_context(pipeline: Pipeline, prompts: Sequence[str]) -> tuple[Array, Arr
     return pack_text(jnp.concatenate(parts)[: len(prompts)], lengths, pipeline.text_tokens)
 
 
-def _placed(params: PyTree) -> PyTree:
-    """Parameters on this process's devices: whole on one or, if they are large, split over all. Arrays of JAX stay."""
+def place_encoder(params: PyTree) -> PyTree:
+    """Returns a text encoder's parameters on this process's devices: whole on one or, if they are large, split over all.
+
+    Those on devices already stay where they are: place them once for several calls of `text_context`.
+    """
     leaves = jax.tree.leaves(params)
     if isinstance(leaves[0], jax.Array) or sum(x.nbytes for x in leaves) <= sharding.WHOLE:
         return jax.device_put(params)

@@ -6,6 +6,7 @@ is built anew from the start. What is in a shard depends on the settings alone, 
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -116,7 +117,7 @@ class Encoder:
     """Latents and text embeddings of clips, on all devices of this process."""
 
     def __init__(self, pipeline: Pipeline, batch: int, dtype: str, compute_dtype: str):
-        """Places the VAE.
+        """Places both.
 
         Args:
             pipeline: VAE and text encoder.
@@ -124,7 +125,8 @@ class Encoder:
             dtype: of the results.
             compute_dtype: of the VAE's activations.
         """
-        self._pipeline, self._dtype = pipeline, DTYPES[dtype]
+        text_params = generation.place_encoder(pipeline.text_params)
+        self._pipeline, self._dtype = dataclasses.replace(pipeline, text_params=text_params), DTYPES[dtype]
         mesh = sharding.data_mesh(jax.local_devices())
         self._batch = batch * mesh.size
         self._by_batch = sharding.batch_sharding(mesh, self._batch)
