@@ -69,7 +69,7 @@ def text_context(pipeline: Pipeline, prompts: Sequence[str]) -> tuple[Array, Arr
 
 
 def place_encoder(params: PyTree) -> PyTree:
-    """Returns a text encoder's parameters on this process's devices: whole on one or, if they are large, split over all.
+    """Returns a text encoder's parameters on this process's devices: whole on one or, if large, split over all.
 
     Those on devices already stay where they are: place them once for several calls of `text_context`.
     """
