@@ -96,6 +96,17 @@ class Row:
     finetune: int = 0
 
 
+def every_attention(specs: Mapping[str, AttentionSpec], blocks: int) -> tuple[AttentionSpec, ...]:
+    """One spec per block with softmax and all of `specs` among them: a program for these computes any choice."""
+    labels = ["softmax", *specs]
+    return tuple(specs.get(labels[min(b, len(labels) - 1)], AttentionSpec()) for b in range(blocks))
+
+
+def with_maps(params, maps):
+    """A model's parameters with feature maps, of zeros if it has none: such a program takes them always."""
+    return {"feature_maps": jax.tree.map(np.zeros_like, next(iter(maps.values())))} | params
+
+
 class Study:
     """The bundled model, held-out prompts, what was measured, and the work folder."""
 
@@ -243,11 +254,7 @@ class Study:
 
     def _videos_scores(self, params, choice, specs: Mapping[str, AttentionSpec], maps) -> dict:
         labels = ["softmax", *specs]
-        blocks = self.pipeline.wan.num_layers
-        attention = tuple(specs.get(labels[min(b, len(labels) - 1)], AttentionSpec()) for b in range(blocks))
-        if "feature_maps" not in params:
-            params = {**params, "feature_maps": jax.tree.map(np.zeros_like, next(iter(maps.values())))}
-        run = self._sampler(attention)
+        params, run = with_maps(params, maps), self._sampler(every_attention(specs, self.pipeline.wan.num_layers))
         context, negative = self._texts
         noise = generation.noise_for(generation.noise_key(0), self.shape, range(len(self.prompts)))
         which = jnp.asarray([labels.index(label) for label in choice], jnp.int32)

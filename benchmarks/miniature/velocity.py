@@ -20,12 +20,11 @@ set_up()  # before JAX is imported
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from runs import Study  # noqa: E402
+from runs import Study, every_attention, with_maps  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
 
 from hybrid_dit import surgery  # noqa: E402
 from hybrid_dit.models.wan import WanDiT  # noqa: E402
-from hybrid_dit.ops.spec import AttentionSpec  # noqa: E402
 from hybrid_dit.surgery_io import MAPS_FILE, load_maps  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -61,8 +60,7 @@ def main() -> None:
     errors, labels = study.errors(args.seed, {}), ["softmax", *study.specs]
     latents, times, context = teacher_latents(study.pipeline, study.config, study.prompts, study.shape, args.steps)
     blocks = study.pipeline.wan.num_layers
-    specs = tuple(study.specs.get(labels[min(b, len(labels) - 1)], AttentionSpec()) for b in range(blocks))
-    model = WanDiT(study.pipeline.wan, specs)  # one program for all choices, which hold no other attention
+    model = WanDiT(study.pipeline.wan, every_attention(study.specs, blocks))
 
     @jax.jit
     def run(params, which):
@@ -71,9 +69,8 @@ def main() -> None:
 
     def velocity(choice):
         _, params = surgery.assemble(study.pipeline.dit, maps, choice, study.specs)
-        if "feature_maps" not in params:
-            params = {**params, "feature_maps": jax.tree.map(np.zeros_like, next(iter(maps.values())))}
-        return np.asarray(run(params, jnp.asarray([labels.index(c) for c in choice], jnp.int32)), np.float64)
+        which = jnp.asarray([labels.index(label) for label in choice], jnp.int32)
+        return np.asarray(run(with_maps(params, maps), which), np.float64)
 
     teacher, rows = velocity(("softmax",) * blocks), []
     for choice, score in sorted(scored(study, args.seed).items(), key=lambda x: -x[1]):

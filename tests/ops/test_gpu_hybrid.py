@@ -207,6 +207,14 @@ def test_features_have_no_row_that_is_not_written(which):
     assert np.array_equal(found, expected)
 
 
+def test_no_features_of_the_keys_of_s_where_those_have_a_stride(monkeypatch):
+    seen, real = [], gpu_linear.features
+    monkeypatch.setattr(gpu_linear, "features", lambda *args, skip=0: seen.append(skip) or real(*args, skip=skip))
+    for spec in (MAX, LSE, LINEAR, AttentionSpec("hybrid", 1)):
+        gpu_hybrid.attention(*make_point(spec, ((1, 1, 7), 1, 1, 1)), spec=spec, grid=(1, 1, 7), sizes=SMALL)
+    assert seen == [2, 0, 0]  # LSE is a lattice, LINEAR has no S, R = 1 has no L
+
+
 # The linear part of stage 1
 
 SHORT = AttentionSpec("hybrid", 2, feature_map=FeatureMapSpec(degree=1))
