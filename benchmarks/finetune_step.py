@@ -1,7 +1,7 @@
 """Times fine-tuning steps of Wan 1.3B with random weights on GPUs: softmax, hybrids, and PyTorch with diffusers.
 
     python benchmarks/finetune_step.py --out=step.json                     # one GPU, about 8 minutes
-    python benchmarks/finetune_step.py --out=scale.json --what=scale       # two GPUs, about 7 minutes
+    python benchmarks/finetune_step.py --out=scale.json --what=scale       # two GPUs, about 9 minutes (--only=15R8: 5)
     python benchmarks/finetune_step.py --tiny --out=/tmp/step.json         # a minute on a CPU, to see it run
 
 A step is forward, backward and AdamW (clip by global norm, weight decay) on float32 master weights with bfloat16

@@ -1,7 +1,7 @@
 """The paper's tables in miniature, on the bundled model.
 
     python benchmarks/miniature distillation                # one table
-    python benchmarks/miniature all --processes=12          # all of them; a third took 9 minutes on an H200
+    python benchmarks/miniature all --processes=12          # all of them; half took 9 minutes on an H200
 
 Tables: distillation, rates, selection, loss, feature_maps, finetuning, stabiliser, pattern (scores of videos), errors
 and widths (errors of blocks). Each writes TABLE.md and TABLE.json into docs/results/miniature (or `--out`), from what
@@ -29,7 +29,7 @@ from hybrid_dit.main import set_up
 set_up()  # before JAX is imported, which reads where to keep programs then
 
 import numpy as np  # noqa: E402
-from runs import Study  # noqa: E402
+from study import Study  # noqa: E402
 from tables import ERRORS, TABLES, WIDTHS, Table  # noqa: E402
 
 from hybrid_dit import cost  # noqa: E402

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from runs import UNDISTILLED, Row, Study
+from study import UNDISTILLED, Row, Study
 
 
 @dataclasses.dataclass(frozen=True)

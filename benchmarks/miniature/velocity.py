@@ -20,8 +20,8 @@ set_up()  # before JAX is imported
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from runs import Study, every_attention, with_maps  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
+from study import Study, every_attention, with_maps  # noqa: E402
 
 from hybrid_dit import surgery  # noqa: E402
 from hybrid_dit.models.wan import WanDiT  # noqa: E402

@@ -248,7 +248,13 @@ class Study:
         file = workdir / "select/rates.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"blocks": list(choice)}))
         assert load_choice(file) == list(choice)
+        latents, shared = workdir / "finetune/latents.safetensors", self.work / f"latents_seed-{seed}.safetensors"
+        if shared.is_file() and not latents.is_file():  # rendered and encoded once for all models of a seed
+            latents.parent.mkdir(exist_ok=True)
+            latents.hardlink_to(shared)
         finetune.run(config, workdir)
+        with contextlib.suppress(FileExistsError):
+            shared.hardlink_to(latents)
         _, _, params = load_transformer(workdir / "finetune" / "transformer")
         return params
 
