@@ -9,7 +9,7 @@ Gives:  in runs/bench (or --workdir) bench/bench.csv with a row per measurement;
 Random weights and inputs, batch 1. Seconds are the median of the repeats after a warm-up; a call is over when a number
 that depends on all of its outputs has arrived on the host. Kinds of cases: op (attention alone, all videos), and for
 the model's own video attention (self-attention with q, k, v and o), block, and model. A program that does not fit is a
-row with the error. At the end, models are compared with what the op's times let expect.
+row with the error, which the next run tries again. At the end, models are compared with what the op's times let expect.
 
 Pick a part with --config.bench.what=op --config.bench.rates=R8 and so on; parts add up in one workdir. With
 --config.bench.what= nothing is measured, and the picture shows FLOPs alone. On a pod, the first process measures.

@@ -13,8 +13,8 @@ import numpy as np
 from hybrid_dit import targets
 from hybrid_dit.array_typing import PyTree
 
-SHORT = 0.02  # seconds; shorter programs are run several times in a row, to take no account of the way to the device
-MOST = 10  # in a row: each holds its outputs
+SHORT = 0.1  # seconds that calls in a row take, for the way to the device to weigh as little in all programs
+MOST = 50  # in a row: each holds its outputs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,10 @@ matplotlib is imported when a picture is drawn (it takes a second), through its 
 global is changed; every file is written atomically.
 """
 
+import functools
 import math
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -18,6 +20,10 @@ from hybrid_dit.cost import parse_name
 from hybrid_dit.errors import UserError
 
 _DPI = 110
+_MORE_FONTS = (  # for what matplotlib's own lacks: Wan's prompts are Chinese, too
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "SimHei"),
+    *("Microsoft YaHei", "PingFang SC", "Droid Sans Fallback", "Noto Emoji", "Segoe UI Symbol"),
+)
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe-Ito: colour-blind safe
 
 
@@ -327,6 +333,7 @@ def _wrapped(title: str, width: float) -> list[str]:
 
 def _save(figure, path: str | Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
 
     path = Path(path)
     if path.suffix != ".png":
@@ -334,8 +341,26 @@ def _save(figure, path: str | Path, title: str) -> None:
     if title:
         figure.suptitle("\n".join(_wrapped(title, figure.get_figwidth())), fontsize=12, parse_math=False)
     FigureCanvasAgg(figure)
-    with atomic_path(path) as temporary:
+    for text in figure.findobj(Text):
+        text.set_fontfamily(_families())
+    with atomic_path(path) as temporary, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         figure.savefig(temporary, format="png", dpi=_DPI)
+    missing = {str(w.message) for w in caught if "missing from font" in str(w.message)}  # one for each character
+    if missing:
+        print(f"note: {path.name} shows boxes for {len(missing)} characters that no font here has", flush=True)
+    for w in caught:
+        if str(w.message) not in missing:
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+
+
+@functools.cache
+def _families() -> list[str]:
+    """Returns fonts to take characters from, the first that has one: matplotlib's own, then what is installed."""
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in _MORE_FONTS if name in installed)]
 
 
 def _short(value: float) -> str:

@@ -153,6 +153,16 @@ def test_contact_sheet_keeps_proportions_and_shows_short_videos_once(tmp_path):
     assert width / height == pytest.approx(2, rel=0.05)  # a pixel or two of border and rounding
 
 
+def test_characters_without_a_font_are_boxes_and_one_note(tmp_path, capsys, recwarn):
+    pictures._families.cache_clear()
+    video = np.zeros((2, 16, 16, 3), np.uint8)
+    unassigned = "a cat \U000f0000\U000f0001"  # private use: no font has them
+    pictures.contact_sheet(tmp_path / "a.png", {"video": video}, title=unassigned)
+    assert capsys.readouterr().out == "note: a.png shows boxes for 2 characters that no font here has\n"
+    pictures.contact_sheet(tmp_path / "b.png", {"video": video}, title="a cat")
+    assert capsys.readouterr().out == "" and not recwarn
+
+
 def test_matplotlib_is_left_alone_and_loaded_late():
     code = (
         "import sys, numpy as np, tempfile, hybrid_dit.pictures as p\n"

@@ -11,7 +11,7 @@ distillation is made with several seeds. Scores are means over seeds, intervals 
 means over seeds).
 
 Beside the scores of a model are the FLOPs that its self-attention saves, and what the same choice of rates is worth at
-full size: the time of softmax over that of its blocks' attention (`SPEED`), from what the job `bench` measured.
+full size: the time of softmax over that of its blocks' attention alone, without projections, as measured on an H200.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,22 +30,33 @@ from hybrid_dit.main import set_up
 set_up()  # before JAX is imported, which reads where to keep programs then
 
 import numpy as np  # noqa: E402
-from study import Study  # noqa: E402
+from study import Row, Study  # noqa: E402
 from tables import ERRORS, TABLES, WIDTHS, Table  # noqa: E402
 
 from hybrid_dit import cost  # noqa: E402
 from hybrid_dit.jobs import select_rates  # noqa: E402
 from hybrid_dit.metrics import bootstrap_interval  # noqa: E402
+from hybrid_dit.ops.spec import AttentionSpec, FeatureMapSpec  # noqa: E402
+from hybrid_dit.surgery_io import specs_from_config  # noqa: E402
 
-BENCH = Path("docs/results/h200/bench.csv")  # by configs/bench.py:wan_1_3b, stabiliser lse
-SPEED = "speed at 32,760 tokens"
+SWEEP = Path("docs/results/h200/attention_sweep.csv")  # by benchmarks/attention_gpu.py
+BENCH = Path("docs/results/h200/bench.csv")  # by configs/bench.py:wan_1_3b; has `linear`
+SPEED = "attention alone at 32,760 tokens, times softmax's speed"
+DEFAULT_MAP = FeatureMapSpec()
 
 
-def seconds_of_attention() -> dict[str, float]:
-    """{label: seconds} of a block's attention at 480 x 832 x 81, from `BENCH`."""
+def times_of_attention() -> dict[tuple[str, str], float]:
+    """{(label, stabiliser): seconds of a block's attention over softmax's}, forward, at 480 x 832 x 81."""
+    with SWEEP.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["n"] == "32760" and row["what"] == "forward"]
+        rows = [row for row in rows if row["backend"] != "xla"]
+    ms = {(f"R{row['rate']}", row["stabiliser"]): float(row["ms"]) for row in rows}
+    softmax = ms.pop(("R0", ""))
     with BENCH.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["what"] == "op" and row["tokens"] == "32760"]
-    return {row["label"]: float(row["seconds"]) for row in rows}
+        seconds = {x["label"]: float(x["seconds"]) for x in csv.DictReader(file) if x["what"] == "op"}
+    linear = seconds["linear"] / seconds["softmax"]
+    fixed = {(label, c): x for label, x in (("softmax", 1.0), ("linear", linear)) for c in ("max", "lse")}
+    return {key: x / softmax for key, x in ms.items()} | fixed
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -54,35 +66,67 @@ def interval(values: np.ndarray) -> list[float]:
 
 def scored(study: Study, table: Table, seeds: list[int]) -> dict:
     """Scores every row and checks every claim."""
-    flops, shape = select_rates.flop_costs(study.config), select_rates.attention_shape(study.config)
-    flops["linear"] = cost.self_attention_flops(shape, study.specs["linear"])
-    seconds, teacher = seconds_of_attention(), study.teacher()
-    totals, rows = {}, []
+    teacher, values, rows = study.teacher(), {}, []
     for row in table.rows:
         runs = [study.score(row, seed) for seed in seeds]
-        mean = {name: np.mean([run[name] for run in runs], axis=0) for name in ("total", *table.columns)}
-        totals[row.name] = mean["total"]
-        speeds = [len(run["choice"]) * seconds["softmax"] / sum(seconds[c] for c in run["choice"]) for run in runs]
-        saved = [1 - sum(flops[c] for c in run["choice"]) / (len(run["choice"]) * flops["softmax"]) for run in runs]
+        found = {name: np.array([run[name] for run in runs]) for name in ("total", *table.columns)}  # [seeds, videos]
+        values[row.name] = found
         rows.append(
             {
                 "model": row.name,
-                "score": interval(mean["total"]),
-                "seeds": ", ".join(f"{np.mean(run['total']):.1f}" for run in runs),
-                "self-attention FLOPs saved": round(float(np.mean(saved)), 3),
-                SPEED: round(float(np.mean(speeds)), 2),
-                **{name: interval(mean[name]) for name in table.columns},
+                "score": interval(found["total"].mean(axis=0)),
+                "seeds": by_seed(found["total"]),
+                **worth(study, row, [run["choice"] for run in runs]),
+                **{name: interval(found[name].mean(axis=0)) for name in table.columns},
                 "blocks (seed 0)": " ".join(runs[0]["choice"]),
             }
         )
     claims = []
     for claim in table.claims:
-        difference = interval(totals[claim.better] - totals[claim.worse])
-        found = "yes" if difference[1] > 0 else "the opposite" if difference[2] < 0 else "not told apart"
-        pair = {"better": claim.better, "worse": claim.worse, "claim": claim.source}
-        claims.append(pair | {"difference": difference, "seen": found})
+        difference = values[claim.better][claim.column] - values[claim.worse][claim.column]
+        claims.append(
+            {
+                "better": claim.better,
+                "worse": claim.worse,
+                "claim": claim.source,
+                "difference": interval(difference.mean(axis=0)),
+                "seeds": by_seed(difference),
+                "seen": verdict(difference),
+            }
+        )
     shown = {name: interval(np.array(teacher[name])) for name in ("total", *table.columns)}
     return {"title": table.title, "teacher": shown, "rows": rows, "claims": claims}
+
+
+def by_seed(values: np.ndarray) -> str:
+    """Means over videos of [seeds, videos]."""
+    return ", ".join(f"{mean:.1f}" for mean in values.mean(axis=1))
+
+
+def verdict(difference: np.ndarray) -> str:
+    """What [seeds, videos] say of a claim: seeds are few, so all have to agree with the interval over videos."""
+    _, low, high = interval(difference.mean(axis=0))
+    if low <= 0 <= high:
+        return "not told apart"
+    if len({bool(mean > 0) for mean in difference.mean(axis=1)}) > 1:
+        return "seeds disagree"
+    return "yes" if low > 0 else "the opposite"
+
+
+def worth(study: Study, row: Row, choices: Sequence[Sequence[str]]) -> dict:
+    """What a row's choices of rates, one for each seed, save: FLOPs of this model, time of the real one's attention.
+
+    The time is without projections, and only known for stride and the default feature map.
+    """
+    specs, shape = specs_from_config(study.settings(0, row.distill).distill), select_rates.attention_shape(study.config)
+    specs = {"softmax": AttentionSpec(), **specs}
+    flops = {label: cost.self_attention_flops(shape, spec) for label, spec in specs.items()}
+    saved = [1 - sum(flops[c] for c in choice) / (len(choice) * flops["softmax"]) for choice in choices]
+    times, speed = times_of_attention(), "not measured"
+    if all(spec.pattern == "stride" and spec.feature_map == DEFAULT_MAP for spec in specs.values()):
+        each = [len(choice) / sum(times[c, specs[c].stabiliser] for c in choice) for choice in choices]
+        speed = round(float(np.mean(each)), 2)
+    return {"self-attention FLOPs saved": round(float(np.mean(saved)), 3), SPEED: speed}
 
 
 def errors(study: Study, seeds: list[int]) -> dict:
@@ -195,7 +239,9 @@ def main() -> None:
             report = scored(study, TABLES[name](study), args.seeds)
         else:
             report = {"errors": errors, "widths": widths}[name](study, args.seeds)
-        scores = f"; {args.videos} videos, UniPC {args.sample_steps} steps, guidance 3" if name in TABLES else ""
+        scores = "; in brackets the least and the most of the seeds"
+        if name in TABLES:
+            scores = f"; {args.videos} videos, UniPC {args.sample_steps} steps, guidance 3; in brackets 95% over videos"
         report["made"] = (
             f"{len(args.seeds)} seeds, {50 * args.trajectories} steps of distillation{scores}; measured on "
             f"{' and '.join(sorted(machines))}."

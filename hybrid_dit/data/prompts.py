@@ -14,7 +14,7 @@ def read_prompts(path: str | Path) -> list[str]:
     if not str(path):
         raise UserError("no prompt file given; set --config.prompts.train and --config.prompts.held_out")
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # alone: texts hold other breaks, U+2028 say
     except OSError as error:
         raise UserError(f"prompt file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -20,6 +20,7 @@ from hybrid_dit.array_typing import Int
 from hybrid_dit.errors import UserError
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in UMT5
+SHOWN = 60  # characters of a prompt in a message
 
 # The part of `ftfy.fix_text` that matters for text without encoding errors: plain quotes, and plain forms of full-width
 # characters (which Wan's Chinese negative prompt has) and of Latin ligatures.
@@ -53,17 +54,23 @@ class Tokenizer:
         """Cleans and tokenises prompts.
 
         Args:
-            prompts: texts; longer ones are cut such that `</s>` remains the last token.
+            prompts: texts; longer ones are cut such that `</s>` remains the last token, which is said.
             max_length: of the result; Wan uses 512 (diffusers' helper defaults to 226).
 
         Returns:
             ids, int32, padded with `<pad>`; and the number of real tokens of each prompt (`</s>` included), int32.
         """
-        self.backend.enable_truncation(max_length)
-        self.backend.enable_padding(length=max_length, pad_id=self.backend.token_to_id(PAD), pad_token=PAD)
-        encoded = self.backend.encode_batch([clean_prompt(p) for p in prompts])
-        ids = np.array([e.ids for e in encoded], np.int32).reshape(len(prompts), max_length)
-        lengths = np.array([sum(e.attention_mask) for e in encoded], np.int32)
+        self.backend.no_truncation()  # whatever the file says
+        self.backend.no_padding()
+        ids = np.full((len(prompts), max_length), self.backend.token_to_id(PAD), np.int32)
+        lengths = np.zeros(len(prompts), np.int32)
+        for i, encoded in enumerate(self.backend.encode_batch([clean_prompt(p) for p in prompts])):
+            own = encoded.ids
+            if len(own) > max_length:
+                start = f"{prompts[i][:SHOWN]!r}..."
+                print(f"note: a prompt of {len(own)} tokens is cut to {max_length}: {start}", flush=True)
+                own = [*own[: max_length - 1], own[-1]]
+            ids[i, : len(own)], lengths[i] = own, len(own)
         return ids, lengths
 
 

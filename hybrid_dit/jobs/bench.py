@@ -1,7 +1,8 @@
 """Times attention, blocks and models on one device, against what it can do at most; see `configs/bench.py`.
 
 Every measurement is a row, written as soon as it is there; rows that are there already, on the same kind of device and
-with the same settings, are kept. What fails (a program too large for the device, say) is a row with the error.
+with the same settings, are kept. What fails (a program too large for the device, say) is a row with the error, and
+is tried again by the next run.
 """
 
 import csv
@@ -44,7 +45,7 @@ def run(config, workdir: Path) -> int:
     stage = Stage(workdir, "bench", config)
     device = {"device": jax.local_devices()[0].device_kind, "jax": jax.__version__}
     table = Table(stage.folder, device)
-    missing = [case for case in wanted if table.find(case) is None]
+    missing = [case for case in wanted if (row := table.find(case)) is None or row["error"]]
     print(
         f"bench: {len(wanted)} cases on one {device['device']} ({os.cpu_count()} CPU cores, jax {device['jax']}), "
         f"{len(wanted) - len(missing)} measured before"
@@ -104,6 +105,8 @@ def cases(config, sizes: Sizes) -> Iterator[Case]:
         for value in cfg[name]:
             if value not in allowed:
                 raise UserError(f"bench.{name}: {value!r} is unknown; choose out of {', '.join(allowed)}")
+    if cfg.repeats < 1 or cfg.warmup < 0:
+        raise UserError(f"bench.repeats={cfg.repeats} must be at least 1, bench.warmup={cfg.warmup} at least 0")
     own = own_video(config)
     for what in cfg.what:
         labels = cfg.models if what == "model" else sizes.specs

@@ -1,5 +1,6 @@
 """Hybrid softmax/linear attention (paper Eq. 5) and the one dispatcher over attention kinds."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_dit.array_typing import Array, Float, PyTree
+from hybrid_dit.errors import UserError
 from hybrid_dit.ops import backends, feature_maps, residuals
 from hybrid_dit.ops.kernels import gpu_hybrid, tpu_hybrid
 from hybrid_dit.ops.softmax import fused_on_gpu, softmax_attention, softmax_sums
@@ -38,7 +40,11 @@ def attention(
         spec: what to compute; static.
         grid: frames, rows, columns of the token grid; their product is n.
         backend: a name of `ops.backends.BACKENDS`: what computes it. Values differ by rounding alone.
+
+    Raises:
+        UserError: shapes that don't belong together, or a backend that doesn't exist.
     """
+    _check_shapes(q.shape, k.shape, v.shape, phi if spec.converted else {}, grid)
     chosen = backends.choose(backend, spec, q.shape[-1], q.dtype)
     if chosen == "tpu":
         return tpu_hybrid.attention(ATTENTIONS[spec.kind], q, k, v, phi, spec, grid)
@@ -48,6 +54,17 @@ def attention(
     if spec.kind == "softmax" and fused_on_gpu(q):
         return run(q, k, v, phi)
     return residuals.from_inputs(run)(q, k, v, phi)
+
+
+def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], phi: PyTree, grid: Grid) -> None:
+    """Refuses what backends would fail on each in its own way, or compute something of."""
+    if not (q == k == v and len(q) == 4 and min(q) > 0):
+        raise UserError(f"attention takes q, k and v of one shape [b, n, h, d], none of them 0; got {q}, {k} and {v}")
+    if q[1] != math.prod(grid):
+        raise UserError(f"attention got {q[1]} tokens for a grid of {' x '.join(map(str, grid))} = {math.prod(grid)}")
+    heads = {leaf.shape[0] for leaf in jax.tree.leaves(phi)} - {q[2]}
+    if heads:
+        raise UserError(f"attention got a feature map of {min(heads)} heads for q, k and v of {q[2]}")
 
 
 def softmax_part(

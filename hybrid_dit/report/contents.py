@@ -38,6 +38,9 @@ class Variant:
         score: 0 to 100, for videos of moving shapes.
         minus_teacher: the same minus the teacher's, pairwise.
         psnr: to the teacher's videos in dB.
+        ssim: to the teacher's videos.
+        motion: over the teacher's.
+        velocity: timestep -> relative L1 error.
         denoise: seconds per video.
         decode: seconds per video.
         flops: of attention per video.
@@ -50,6 +53,9 @@ class Variant:
     score: Interval | None
     minus_teacher: Interval | None
     psnr: Interval | None
+    ssim: Interval | None
+    motion: Interval | None
+    velocity: Mapping[float, Interval]
     denoise: float
     decode: float
     flops: float
@@ -190,11 +196,15 @@ def _results(path: Path) -> Results:
 
 
 def _variant(name: str, row: Mapping[str, Any]) -> Variant:
+    velocity = row.get("velocity_error") or {"timesteps": ()}
     return Variant(
         name=name,
         score=_interval(row.get("score")),
         minus_teacher=_interval(row.get("score_minus_teacher")),
         psnr=_interval(row["psnr_to_teacher"]),
+        ssim=_interval(row.get("ssim_to_teacher")),
+        motion=_interval(row.get("motion_to_teacher")),
+        velocity={_finite(t): _interval(x) for t, x in zip(velocity["timesteps"], velocity.get("l1", ()))},
         denoise=_finite(row["seconds_denoise"]),
         decode=_finite(row["seconds_decode"]),
         flops=_finite(row["attention_flops"]),

@@ -44,6 +44,8 @@ def summary(results: Results) -> Html:
         "score": [_mean(row.score) for row in results.variants],
         "minus teacher": ["" if row.name == "teacher" else _mean(row.minus_teacher) for row in results.variants],
         "PSNR to teacher": [_mean(row.psnr, " dB") for row in results.variants],
+        "SSIM to teacher": [_mean(row.ssim, digits=3) for row in results.variants],
+        "motion, of the teacher's": [_percent(row.motion) for row in results.variants],
         "denoise": [f"{row.denoise:.2f} s" for row in results.variants],
         "decode": [f"{row.decode:.2f} s" for row in results.variants],
         "attention FLOPs": [f"{row.flops:.3g}" for row in results.variants],
@@ -60,6 +62,13 @@ def summary(results: Results) -> Html:
         cells = [[row.name, *(_number(row.parts.get(part)) for part in names)] for row in results.variants]
         inner = table(["variant", *names], cells, "Parts of the score")
         parts.append(tag("details", tag("summary", "Parts of the score"), inner))
+    compared = [row for row in results.variants if row.velocity]
+    if compared:
+        times = list(dict.fromkeys(time for row in compared for time in row.velocity))
+        cells = [[row.name, *(_mean(row.velocity.get(time), digits=3) for time in times)] for row in compared]
+        inner = table(["variant", *(f"t = {time:g}" for time in times)], cells, "Velocity error by timestep")
+        text = "Relative L1 distance of the velocity from the teacher's, both given the same noisy latents."
+        parts.append(tag("details", tag("summary", "Velocity error by timestep"), tag("p", text), inner))
     return tag("div", parts)
 
 
@@ -293,11 +302,19 @@ def _video(clip: Clip, label: str) -> Html:
     return tag("video", src=data, preload="metadata", aria_label=label, **size, **flags)
 
 
-def _mean(interval: Interval | None, unit: str = "") -> str:
+def _mean(interval: Interval | None, unit: str = "", digits: int = 1) -> str:
     if interval is None:
         return ""
-    ends = "" if interval.low is None or interval.high is None else f" [{interval.low:.1f}, {interval.high:.1f}]"
-    return f"{interval.mean:.1f}{unit}{ends}"
+    known = interval.low is not None and interval.high is not None
+    ends = f" [{interval.low:.{digits}f}, {interval.high:.{digits}f}]" if known else ""
+    return f"{interval.mean:.{digits}f}{unit}{ends}"
+
+
+def _percent(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    low, high = (None if x is None else 100 * x for x in (interval.low, interval.high))
+    return _mean(Interval(100 * interval.mean, low, high), "%", digits=0)
 
 
 def _number(value: float | None) -> str:

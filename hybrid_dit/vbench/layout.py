@@ -11,7 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from hybrid_dit.errors import UserError
@@ -212,11 +212,15 @@ def check(folder: Path, expected: Sequence[Video], known: Sequence[Video] = ()) 
         known: videos that may be there too (other dimensions).
     """
     files = [file for video in expected for file in video.files]
-    there = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    there = {name: path for name, path in found.items() if path.is_file()}
     allowed = {*files, *(file for video in known for file in video.files)}
+    parents = {parent.as_posix() for file in allowed for parent in PurePosixPath(file).parents}
     missing = [file for file in files if file not in there]
     broken = [file for file in files if file in there and not is_whole_mp4(there[file])]
-    return Progress(len(files), missing, broken, [name for name in there if name not in allowed])
+    # Folders, too: VBench takes the names' ending from whatever its listing has first.
+    stray = [name for name, path in found.items() if name not in (parents if path.is_dir() else allowed)]
+    return Progress(len(files), missing, broken, stray)
 
 
 def is_whole_mp4(path: Path) -> bool:

@@ -9,6 +9,11 @@ def test_one_prompt_a_line_without_blanks(tmp_path):
     assert read_prompts(tmp_path / "p.txt") == ["a cat", "a dog, 一只狗"]
 
 
+def test_other_breaks_are_part_of_a_prompt(tmp_path):
+    (tmp_path / "p.txt").write_bytes("a cat\u2028in\x0bthe\x85sun\r\na dog".encode())
+    assert read_prompts(tmp_path / "p.txt") == ["a cat\u2028in\x0bthe\x85sun", "a dog"]
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfa cat\n")
     assert read_prompts(tmp_path / "p.txt") == ["a cat"]

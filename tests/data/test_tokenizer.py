@@ -38,8 +38,10 @@ def test_same_ids_as_transformers(folder, loader):
     np.testing.assert_array_equal(lengths, theirs.attention_mask.sum(1))
 
 
-def test_word_tokenizer_ids(folder):
+def test_word_tokenizer_ids(folder, capsys):
     ids, lengths = load_tokenizer(folder)(PROMPTS, 7)
+    start = "'a red ball moves left a red ball moves left a red ball moves'..."
+    assert capsys.readouterr().out == f"note: a prompt of 16 tokens is cut to 7: {start}\n"
     assert ids.tolist() == [
         [3, 4, 5, 6, 7, 1, 0],
         [1, 0, 0, 0, 0, 0, 0],

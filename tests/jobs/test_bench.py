@@ -127,6 +127,10 @@ def test_what_does_not_fit_is_a_row(root, tmp_path, monkeypatch, capsys):
     failed = rows(tmp_path)[1]
     assert failed["label"] == "R2" and failed["seconds"] == "" and failed["error"].endswith("Out of memory")
     assert "R2" not in (tmp_path / "bench/timings.csv").read_text()
+    count = pretend(monkeypatch)  # what failed, and only that, is tried again
+    assert bench.run(settings(root, what="attention", backward="", videos=""), tmp_path) == 0
+    assert len(count) == 1 and rows(tmp_path)[1]["label"] == "R2" and not rows(tmp_path)[1]["error"]
+    assert "R2" in (tmp_path / "bench/timings.csv").read_text()
     pretend(monkeypatch, broken=range(10))
     assert bench.run(settings(root, what="attention", backward="", videos=""), tmp_path / "all") == 1
     assert not (tmp_path / "all/bench/timings.csv").exists()
@@ -175,6 +179,8 @@ def test_published_models_need_no_weights_and_nothing_has_to_be_measured(root, t
         ("rates", "R2,fast", "unknown attention 'fast'"),
         ("models", "3R2", "bench.models: 3R2 must name at most 2 blocks"),
         ("videos", "9x33x32", "height=33 is not a multiple"),
+        ("repeats", 0, "bench.repeats=0 must be at least 1"),
+        ("warmup", -1, "bench.warmup=-1 at least 0"),
         ("preset", "wan_2b", "bench.preset='wan_2b' is unknown; choose wan_1_3b or wan_14b, or set model.weights"),
     ],
 )

@@ -99,6 +99,19 @@ def test_bfloat16_is_no_worse_than_plain_xla(spec):
         assert ours[leaf] <= 1.5 * plain[leaf], (leaf, ours, plain)
 
 
+def test_bfloat16_with_equal_keys():
+    """Root mean squares over seeds: all weights are rounded alike; single seeds have up to 1.6 times XLA's error."""
+    spec, squares = hybrid(4), {compiled: [], xla: []}
+    for seed in range(6):
+        point = shifted(make_point(spec, (TILED, 4, 1, 2), jnp.bfloat16, seed), "equal")
+        cotangent = cotangent_of(point)
+        exact = oracle.gradient(oracle.float64(point), oracle.float64(cotangent), spec, TILED)
+        for program, found in squares.items():
+            found.append(np.square(list(errors(program(spec, TILED)(point, cotangent), exact).values())))
+    ours, plain = (np.sqrt(np.mean(found, axis=0)) for found in squares.values())
+    assert (ours <= 1.5 * plain).all(), ours / plain
+
+
 HARD = [("equal", "max"), ("low", "max"), ("extreme", "max"), ("extreme", "lse"), ("rising", "lse")]
 
 
@@ -111,6 +124,7 @@ def test_hard_logits(how, stabiliser):
     check(spec, TILED, point, bound=4 * harness.roundings(spec, oracle.float64(point)) * harness.U32)
 
 
+@functools.cache
 def xla(spec, grid):
     """(point, cotangent) -> gradient by plain XLA."""
     f = partial(attention, spec=spec, grid=grid, backend="xla")

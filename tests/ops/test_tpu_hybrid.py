@@ -78,12 +78,12 @@ def test_bfloat16_is_no_worse_than_plain_xla(spec):
 
 def shifted(point, how):
     """Keys that make softmax hard: logits up to 1e4 in size, rising from tile to tile, all equal, or all below -100."""
-    scale = (1e4 * D**0.5 / np.abs(np.einsum("bnhd,bmhd->bhnm", point.q, point.k)).max()) ** 0.5
     if how == "equal":
         return point._replace(k=jnp.broadcast_to(point.k[:, :1], point.k.shape))
     if how == "low":  # exp(−c) overflows
         return point._replace(q=jnp.abs(point.q) + 1, k=-100 * (jnp.abs(point.k) + 1))
     if how == "extreme":
+        scale = (1e4 * D**0.5 / np.abs(np.einsum("bnhd,bmhd->bhnm", point.q, point.k)).max()) ** 0.5
         return point._replace(q=point.q * scale, k=point.k * scale)
     # Rising: every later key's logit is larger for queries of one sign (what was summed before underflows) and smaller
     # for the others (all later keys underflow).

@@ -33,6 +33,10 @@ def test_everything_is_read(complete):
     assert found.finetune_loss == (list(range(1, 21)), [2.0**-s for s in range(1, 21)])
     teacher, *_, tuned = found.results.variants
     assert teacher.psnr is None and tuned.psnr == Interval(23.5, None, None)
+    assert teacher.ssim is None and tuned.ssim == Interval(0.78, 0.5, 0.875)
+    assert teacher.motion is None and tuned.motion == Interval(1.25, 0.5, 1.5)
+    assert not teacher.velocity
+    assert tuned.velocity == {999.0: Interval(0.125, 0.0, 1.0), 137.5: Interval(0.625, 0.0, 1.0)}
     assert tuned.score == Interval(87.0, 77.5, 92.25) and tuned.each == (82.5, 91.5)
     assert found.settings["seed"] == 3 and found.settings["distill"]["rates"] == ["R2", "R4", "R8", "linear"]
     assert found.environment == {stage: ENVIRONMENT for stage in STAGES}

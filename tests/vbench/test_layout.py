@@ -197,6 +197,13 @@ def test_what_is_missing_broken_or_stray_is_told(tmp_path):
     assert found == (35, [f"{CLOWN}-3.mp4"], [f"{CLOWN}-2.mp4", f"{CLOWN}-4.mp4"], [".partial.mp4"])
     assert not found.complete
     assert str(found).startswith(f"32 of 35 videos, missing: '{CLOWN}-3.mp4', broken: '")
+    (folder / f"{CLOWN}-3.mp4").mkdir()  # no video
+    (folder / f"{CLOWN}-4.mp4").unlink()
+    (folder / f"{CLOWN}-4.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    (folder / ".ipynb_checkpoints").mkdir()
+    found = layout.check(folder, videos)
+    strays = [".ipynb_checkpoints", ".partial.mp4", f"{CLOWN}-3.mp4"]
+    assert found == (35, [f"{CLOWN}-3.mp4", f"{CLOWN}-4.mp4"], [f"{CLOWN}-2.mp4"], strays)
     empty = layout.check(tmp_path / "nowhere", videos)
     assert len(empty.missing) == 35 and str(empty).endswith("and 30 more")
 
