@@ -14,7 +14,6 @@ source "$here/common.sh"
 processes=1 gpus_each='' cpu_devices=''
 while (($#)); do
   case $1 in
-    --dry-run) DRY_RUN=true ;;
     --processes=*) processes=${1#*=} ;;
     --gpus-each=*) gpus_each=${1#*=} ;;
     --cpu-devices=*) cpu_devices=${1#*=} ;;
@@ -27,9 +26,10 @@ if (($# < 2)) || [[ $1 == --* ]]; then
   usage_of "${BASH_SOURCE[0]}" >&2
   exit 2
 fi
-for number in "$processes" "${gpus_each:-1}" "${cpu_devices:-1}"; do
-  [[ $number =~ ^[1-9][0-9]*$ ]] || fail "'$number' is not a number of at least 1"
-done
+check_number --processes "$processes"
+check_number --gpus-each "${gpus_each:-1}"
+check_number --cpu-devices "${cpu_devices:-1}"
+check_job "$1" "$2"
 config=$1 workdir=$2
 shift 2
 command=("${PYTHON:-python}" -m hybrid_dit.main "--config=$config" "--workdir=$workdir" "$@")

@@ -12,7 +12,6 @@ source "$here/common.sh"
 options=()
 while (($#)); do
   case $1 in
-    --dry-run) DRY_RUN=true ;;
     --wait) options+=(--wait) ;;
     *) break ;;
   esac
@@ -25,9 +24,9 @@ if (($# < 4)); then
 fi
 nodes=$1 gpus=$2 config=$3 workdir=$4
 shift 4
-for number in "$nodes" "$gpus"; do
-  [[ $number =~ ^[1-9][0-9]*$ ]] || fail "'$number' is not a number of nodes or GPUs"
-done
+check_number NODES "$nodes"
+check_number GPUS "$gpus"
+check_job "$config" "$workdir"
 
 cd "$here/.."
 $DRY_RUN || mkdir -p "$workdir"

@@ -17,10 +17,6 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
-if [[ ${1:-} == --dry-run ]]; then
-  DRY_RUN=true
-  shift
-fi
 action=${1:-help}
 (($#)) && shift
 type=${TPU_TYPE:-v5litepod-16} runtime=${TPU_RUNTIME:-v2-alpha-tpuv5-lite} poll=${TPU_POLL:-30}
@@ -41,8 +37,11 @@ main() {
       ;;
     *) fail "unknown command '$action'; one of create, wait, install, run, logs, stop, resume, delete" ;;
   esac
-  if [[ $action == run || $action == resume ]] && (($# < 2)); then
-    fail "usage: launch/tpu_vm.sh $action CONFIG WORKDIR [--config.x.y=value ...]"
+  if [[ $action == run || $action == resume ]]; then
+    (($# >= 2)) || fail "usage: launch/tpu_vm.sh $action CONFIG WORKDIR [--config.x.y=value ...]"
+    check_job "$1" "$2"
+  else
+    check_alone "$action" "$@"
   fi
   "do_$action" "$@"
 }
@@ -102,11 +101,18 @@ do_install() {
   if [[ -n $(git -C "$here/.." status --porcelain) ]]; then
     echo "note: changes that are not committed stay here" >&2
   fi
+  send_settings
   run git -C "$here/.." archive --format=tar.gz "--output=$scratch/hybrid_dit.tar.gz" HEAD
-  run_into "$scratch/settings" "${TPU_NFS:-}"
   to_workers "$scratch/hybrid_dit.tar.gz" hybrid_dit.tar.gz
-  to_workers "$scratch/settings" hybrid_dit.settings
   on_workers 'rm -rf hybrid_dit && mkdir hybrid_dit && tar -xzf hybrid_dit.tar.gz -C hybrid_dit && bash hybrid_dit/launch/worker.sh install'
+}
+
+# What `worker.sh install` is to install, and `worker.sh installed` compares with.
+send_settings() {
+  local commit
+  commit=$(git -C "$here/.." rev-parse HEAD)
+  run_into "$scratch/settings" "${TPU_NFS:-}" "$commit"
+  to_workers "$scratch/settings" hybrid_dit.settings
 }
 
 # run_into FILE TEXT ...: writes the texts, each ended by a zero byte, which no argument can hold.
@@ -156,6 +162,10 @@ do_resume() {
     do_delete
     do_create
     do_wait
+    echo "# if it is there, whether this commit is installed:"
+    send_settings
+    on_workers 'bash hybrid_dit/launch/worker.sh installed'
+    echo "# if it is not:"
     do_install
     echo "# in any case:"
     do_run "$@"
@@ -173,6 +183,13 @@ do_resume() {
   if [[ $now != ACTIVE ]]; then
     do_wait
     do_install
+  else
+    # An earlier `install` may have failed on some workers.
+    send_settings
+    if ! on_workers 'bash hybrid_dit/launch/worker.sh installed'; then
+      echo "$TPU_NAME: this commit is not installed on all workers; installing it"
+      do_install
+    fi
   fi
   do_run "$@"
 }

@@ -1,19 +1,25 @@
 #!/usr/bin/env bash
-# Runs on each worker of a TPU slice, by launch/tpu_vm.sh: install, start, follow or stop, in the home folder.
-# Reads ~/hybrid_dit.settings (the NFS export) and ~/hybrid_dit.arguments (CONFIG WORKDIR ...), texts ended by zero bytes.
+# Runs on each worker of a TPU slice, by launch/tpu_vm.sh: install, installed, start, follow or stop, in the home folder.
+# Reads ~/hybrid_dit.settings (the NFS export, the commit) and ~/hybrid_dit.arguments (CONFIG WORKDIR ...), texts ended by
+# zero bytes.
 set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 venv=$home/hybrid_dit_venv log=$home/hybrid_dit.log pid_file=$home/hybrid_dit.pid code_file=$home/hybrid_dit.code
+mark=$home/hybrid_dit/installed # the settings that were installed; goes with the folder when another install begins
 name=$(hostname)
 
 running() {
   [[ -f $pid_file ]] && kill -0 "$(cat "$pid_file")" 2>/dev/null
 }
 
+read_settings() {
+  mapfile -d '' settings <"$home/hybrid_dit.settings"
+  nfs=${settings[0]:-}
+}
+
 case ${1:-} in
   install)
-    mapfile -d '' settings <"$home/hybrid_dit.settings"
-    nfs=${settings[0]:-}
+    read_settings
     if [[ -n $nfs ]] && ! mountpoint -q /mnt/hybrid_dit; then
       command -v mount.nfs >/dev/null || { sudo apt-get update -q && sudo apt-get install -q -y nfs-common; }
       sudo mkdir -p /mnt/hybrid_dit
@@ -22,7 +28,14 @@ case ${1:-} in
     # The image's Python is 3.10; uv brings a newer one.
     [[ -x $venv/bin/python ]] || { python3 -m pip install --user --quiet uv && python3 -m uv venv --python 3.12 "$venv"; }
     python3 -m uv pip install --quiet --python "$venv/bin/python" -e "$home/hybrid_dit[tpu]"
+    cp "$home/hybrid_dit.settings" "$mark" # last: all that comes before has worked
     echo "hybrid_dit worker $name: installed"
+    ;;
+  installed) # whether `install` with these settings has come to its end
+    running && exit 0 # the files of a job that runs are not to be replaced
+    cmp --silent "$home/hybrid_dit.settings" "$mark" || exit 1
+    read_settings
+    [[ -z $nfs ]] || mountpoint -q /mnt/hybrid_dit # lost if the machine was started anew
     ;;
   start)
     if running; then
@@ -57,7 +70,7 @@ case ${1:-} in
     if running; then kill -TERM "$(cat "$pid_file")"; fi
     ;;
   *)
-    echo "usage: worker.sh install|start|follow|stop (by launch/tpu_vm.sh)" >&2
+    echo "usage: worker.sh install|installed|start|follow|stop (by launch/tpu_vm.sh)" >&2
     exit 2
     ;;
 esac

@@ -5,6 +5,8 @@ gcloud, kubectl, sbatch, srun, scontrol and git are stand-ins that record their 
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +86,50 @@ def test_shellcheck_finds_nothing():
 def test_without_arguments_the_usage_is_shown(stand, script):
     done = stand.run(script)
     assert f"launch/{script} [--dry-run]" in done.stdout + done.stderr and not stand.calls
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        *[("tpu_vm.sh", [action]) for action in ("create", "wait", "install", "logs", "stop", "delete")],
+        *[("tpu_vm.sh", [action, "c.py", "w", "--config.x=1"]) for action in ("run", "resume")],
+        ("gke/jobset.sh", ["submit", "c.py", "w", "--config.x=1"]),
+        *[("gke/jobset.sh", [action]) for action in ("wait", "logs", "delete")],
+        ("slurm.sh", ["--wait", "2", "8", "c.py", "w", "--config.x=1"]),
+        ("local.sh", ["--processes=2", "c.py", "w", "--config.x=1"]),
+    ],
+)
+def test_dry_run_counts_wherever_it_is(stand, tmp_path, script, arguments):
+    """The same is printed, and nothing is run but git, which looks."""
+    variables = {**POD, **RUN, "PORT": "1234", "PYTHON": sys.executable, "TMPDIR": str(tmp_path)}
+    printed = set()
+    for i in range(len(arguments) + 1):
+        done = stand.run(script, *arguments[:i], "--dry-run", *arguments[i:], **variables)
+        assert done.returncode == 0, done.stderr
+        printed.add(re.sub(r"/tmp\.\w+/", "/", done.stdout))  # the scratch folder
+    assert len(printed) == 1 and "--dry-run" not in printed.pop()
+    assert {call[0] for call in stand.calls} <= {"git"} and not (LAUNCH.parent / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("tpu_vm.sh", ["create", "a b", "c"], "create takes no arguments, but got 'a b c'"),
+        ("tpu_vm.sh", ["delete", "--dryrun"], "delete takes no arguments, but got '--dryrun'"),
+        ("gke/jobset.sh", ["wait", "--now"], "wait takes no arguments, but got '--now'"),
+        ("gke/jobset.sh", ["delete", "--now"], "delete takes no arguments, but got '--now'"),
+        ("tpu_vm.sh", ["resume", "--spot", "w"], "'--spot' is where CONFIG or WORKDIR should be"),
+        ("tpu_vm.sh", ["run", "c.py", "--config.x=1"], "'--config.x=1' is where CONFIG or WORKDIR should be"),
+        ("gke/jobset.sh", ["submit", "--spot", "c.py", "w"], "'--spot' is where CONFIG or WORKDIR should be"),
+        ("slurm.sh", ["2", "8", "--wait", "c.py", "w"], "'--wait' is where CONFIG or WORKDIR should be"),
+        ("slurm.sh", ["2", "0", "c.py", "w"], "GPUS is '0', not a whole number of at least 1"),
+        ("local.sh", ["c.py", "--processes=2", "w"], "'--processes=2' is where CONFIG or WORKDIR should be"),
+        ("local.sh", ["--processes=two", "c.py", "w"], "--processes is 'two', not a whole number of at least 1"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(stand, script, arguments, message):
+    done = stand.run(script, *arguments, **POD, **RUN, PYTHON="false")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and not stand.calls
 
 
 # local.sh
@@ -170,6 +216,9 @@ def test_slurm_submits_with_all_arguments_as_they_are(stand, tmp_path):
     assert stand.run("slurm.sh", *arguments).returncode == 3
 
 
+TASK = ["srun", "--kill-on-bad-exit=1", "--label", "bash", "-c"]  # then the code around a task and its two arguments
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True)])
 def test_slurm_goes_back_to_the_queue_if_it_was_stopped(stand, tmp_path, code, requeued):
     stand.reply(
@@ -179,8 +228,79 @@ def test_slurm_goes_back_to_the_queue_if_it_was_stopped(stand, tmp_path, code, r
     done = stand.run("slurm.sbatch", "c.py", AWKWARD, f"--config.x={AWKWARD}", **variables)
     assert done.returncode == code and "task 3" in done.stderr
     job = ["my python", "-m", "hybrid_dit.main", "--distributed=auto", "--config=c.py", f"--workdir={AWKWARD}"]
-    assert stand.calls[0] == ["srun", "--kill-on-bad-exit=1", "--label", *job, f"--config.x={AWKWARD}"]
+    assert stand.calls[0][:5] == TASK and stand.calls[0][9:] == [*job, f"--config.x={AWKWARD}"]
     assert stand.calls[1:] == ([["scontrol", "requeue", "12"]] if requeued else [])
+
+
+# Runs the tasks as srun does, of which each ends as its Python says, and returns the highest code, or `of_its_own`.
+SRUN = """
+highest=0
+for i in 0 1 2; do
+  code=0
+  SLURM_PROCID=$i "${{@:3}}" || code=$?
+  echo "task $i: $code" >>"$here/codes"
+  if ((code > highest)); then highest=$code; fi
+done
+of_its_own={of_its_own}
+exit "${{of_its_own:-$highest}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("tasks", "of_its_own", "seen", "code"),
+    [
+        ((75, 75, 75), "", (0, 0, 0), 75),  # srun sees no bad exit
+        ((75, 143, 143), "", (0, 143, 143), 75),  # the others were killed on their way out
+        ((75, 75, 75), 143, (0, 0, 0), 75),  # srun itself says that it killed
+        ((0, 0, 0), "", (0, 0, 0), 0),
+        ((0, 3, 0), "", (0, 3, 0), 3),
+        ((0, 0, 0), 143, (0, 0, 0), 143),
+    ],
+)
+def test_slurm_goes_back_to_the_queue_whatever_srun_makes_of_it(stand, tmp_path, tasks, of_its_own, seen, code):
+    stand.reply("srun", SRUN.format(of_its_own=of_its_own))
+    python = python_that(tmp_path, f"import os, sys; sys.exit({tasks}[int(os.environ['SLURM_PROCID'])])")
+    variables = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "12", "PYTHON": python}
+    for _ in range(2):  # the second time as the same job, back from the queue
+        done = stand.run("slurm.sbatch", "c.py", AWKWARD, **variables)
+        assert done.returncode == code
+    assert (stand.folder / "codes").read_text() == "".join(f"task {i}: {c}\n" for i, c in enumerate(seen)) * 2
+    assert stand.calls[1:2] == ([["scontrol", "requeue", "12"]] if code == 75 else stand.calls[:1])
+    assert not any((tmp_path / AWKWARD).iterdir())
+
+
+def test_slurm_what_a_batch_script_that_was_killed_has_left_does_not_count(stand, tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "slurm-12.stopped").write_text("stopped\n")
+    variables = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "12"}
+    assert stand.run("slurm.sbatch", "c.py", "w", **variables).returncode == 0
+    assert [call[0] for call in stand.calls] == ["srun"]
+
+
+def test_slurm_a_stop_that_cannot_be_noted_is_not_taken_for_the_end(stand, tmp_path):
+    stand.reply("srun", 'ln -sf /no/such/folder/file "$8"\n' + SRUN.format(of_its_own=""))
+    variables = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "12", "PYTHON": python_that(tmp_path, "exit(75)")}
+    assert stand.run("slurm.sbatch", "c.py", "w", **variables).returncode == 75
+    assert (stand.folder / "codes").read_text().splitlines() == [f"task {i}: 75" for i in range(3)]
+    assert stand.calls[1:] == [["scontrol", "requeue", "12"]]
+    stand.reply("scontrol", "exit 4")
+    assert stand.run("slurm.sbatch", "c.py", "w", **variables).returncode == 4
+
+
+def test_slurm_signals_all_processes_of_a_task_and_it_gets_one(stand, tmp_path):
+    """As slurmstepd does: the shell around the task and the task; a second signal would end it without a checkpoint."""
+    code = (
+        "import os, signal, sys, time\n"
+        "got = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: got.append(1))\n"
+        "os.killpg(0, signal.SIGTERM)\n"
+        "time.sleep(0.5)\n"
+        "sys.exit(75 if len(got) == 1 else 9)"
+    )
+    stand.reply("srun", 'setsid --wait "${@:3}"; echo "task: $?" >>"$here/codes"')
+    variables = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "12", "PYTHON": python_that(tmp_path, code)}
+    assert stand.run("slurm.sbatch", "c.py", "w", **variables).returncode == 75
+    assert (stand.folder / "codes").read_text() == "task: 0\n"
 
 
 # tpu_vm.sh
@@ -235,16 +355,17 @@ KEEP = 'for a in "$@"; do [[ -f $a ]] && cp "$a" "$here/sent-$(basename "$a")"; 
 
 def test_tpu_install_sends_this_commit_and_the_settings(stand):
     stand.reply("gcloud", KEEP)
+    stand.reply("git", "[[ $* == *rev-parse* ]] && echo 0a1b2c")
     done = stand.run("tpu_vm.sh", "install", **POD, TPU_NFS=f"10.0.0.2:/{AWKWARD}")
     assert done.returncode == 0, done.stderr
-    status, pack, archive, settings, install = stand.calls
-    assert status[3:] == ["status", "--porcelain"] and status[:2] == pack[:2] == ["git", "-C"]
+    status, commit, settings, pack, archive, install = stand.calls
+    assert status[3:] == ["status", "--porcelain"] and status[:2] == commit[:2] == pack[:2] == ["git", "-C"]
     assert pack[3:] == ["archive", "--format=tar.gz", f"--output={archive[5]}", "HEAD"]
     assert archive[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"]
     assert archive[6:] == ["my pod:hybrid_dit.tar.gz", *WHERE, "--worker=all"]
     assert settings[6:] == ["my pod:hybrid_dit.settings", *WHERE, "--worker=all"]
     assert install[-1].endswith("bash hybrid_dit/launch/worker.sh install") and install[:-1] == ssh("")[:-1]
-    assert (stand.folder / "sent-settings").read_text() == f"10.0.0.2:/{AWKWARD}\0"
+    assert (stand.folder / "sent-settings").read_text() == f"10.0.0.2:/{AWKWARD}\0" + "0a1b2c\0"
 
 
 def test_tpu_run_sends_the_arguments_as_they_are(stand):
@@ -272,6 +393,37 @@ def test_tpu_a_worker_that_fails_is_named(stand):
     assert done.returncode == 2 and "'launch/tpu_vm.sh logs' comes back to it" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("what", "arguments"),
+    [
+        ("scp", ["install"]),
+        (":hybrid_dit.tar.gz", ["install"]),
+        ("worker.sh install", ["install"]),
+        ("scp", ["run", "c.py", "w"]),
+        ("worker.sh start", ["run", "c.py", "w"]),
+        ("worker.sh stop", ["stop"]),
+        ("describe", ["resume", "c.py", "w"]),
+        ("hybrid_dit.settings", ["resume", "c.py", "w"]),
+        ("hybrid_dit.arguments", ["resume", "c.py", "w"]),
+        ("worker.sh start", ["resume", "c.py", "w"]),
+        ("create", ["create"]),
+        ("delete", ["delete"]),
+    ],
+)
+def test_tpu_fails_with_what_it_runs_and_goes_no_further(stand, what, arguments):
+    stand.reply("gcloud", f"[[ $* == *describe* ]] && echo ACTIVE; [[ $* == *{what!r}* ]] && exit 7; :")
+    done = stand.run("tpu_vm.sh", *arguments, **POD)
+    assert done.returncode == (1 if what == "describe" else 7)
+    assert [call for call in stand.calls if what in " ".join(call)] == [stand.calls[-1]]
+
+
+@pytest.mark.parametrize("what", ["rev-parse", "archive"])
+def test_tpu_install_fails_if_git_does(stand, what):
+    stand.reply("git", f"[[ $* != *{what}* ]] || exit 128")
+    assert stand.run("tpu_vm.sh", "install", **POD).returncode == 128
+    assert what in stand.calls[-1]
+
+
 def test_tpu_resume_asks_for_a_slice_that_was_taken_away(stand):
     """Suspended, hence deleted and requested; active at the third look."""
     reply = """
@@ -290,11 +442,57 @@ fi
 def test_tpu_resume_on_a_slice_that_is_there_only_runs(stand):
     stand.reply("gcloud", "[[ $* == *describe* ]] && echo ACTIVE; :")
     assert stand.run("tpu_vm.sh", "resume", "c.py", "w", **POD).returncode == 0
-    assert stand.calls[0] == DESCRIBE and stand.calls[2:] == [ssh("start"), ssh("follow")]
+    assert stand.calls[0] == DESCRIBE
+    assert [call for call in stand.calls if "ssh" in call] == [ssh("installed"), ssh("start"), ssh("follow")]
     (stand.folder / "calls").unlink()
     stand.reply("gcloud", "[[ $* == *describe* ]] && { echo NOT_FOUND >&2; exit 1; }; :")
     stand.run("tpu_vm.sh", "resume", "c.py", "w", **POD)
     assert stand.calls[:2] == [DESCRIBE, CREATE]
+
+
+def test_tpu_resume_installs_what_an_install_that_failed_has_left_out(stand, tmp_path, worker):
+    """gcloud runs the commands in the worker's home; git packs the launch scripts."""
+    home = tmp_path / "home"
+    stand.reply(
+        "git",
+        f"""
+case $* in
+  *rev-parse*) cat "$here/commit" ;;
+  *archive*) for a in "$@"; do [[ $a == --output=* ]] && tar -czf "${{a#*=}}" -C {LAUNCH.parent} launch; done ;;
+esac
+""",
+    )
+    stand.reply(
+        "gcloud",
+        f"""
+case $* in
+  *describe*) echo ACTIVE ;;
+  *scp*) [[ $6 != *"$(cat "$here/fails")"* ]] || exit 1; cp "$5" "{home}/${{6#*:}}" ;;
+  *ssh*) command="${{@: -1}}"; cd {home} && bash -c "${{command#--command=}}" ;;
+esac
+exit
+""",
+    )
+    (stand.folder / "python3").write_text('#!/bin/sh\n! grep -q uv "$(dirname "$0")/fails"')  # installs with uv
+    (stand.folder / "python3").chmod(0o755)
+    shutil.rmtree(home / "hybrid_dit")
+
+    def resume(commit, fails):
+        (stand.folder / "commit").write_text(commit)
+        (stand.folder / "fails").write_text(fails)
+        before = len(stand.calls)
+        done = stand.run("tpu_vm.sh", "resume", "c.py", "w", "0", **POD)
+        return done.returncode, [call[-1].rsplit(" ", 1)[-1] for call in stand.calls[before:] if "ssh" in call]
+
+    assert resume("1", fails="tar.gz") == (1, ["installed"])
+    assert resume("1", fails="uv") == (1, ["installed", "install"])
+    assert resume("1", fails="nothing") == (0, ["installed", "install", "start", "follow"])
+    assert resume("1", fails="nothing") == (0, ["installed", "start", "follow"])
+    assert resume("2", fails="tar.gz") == (1, ["installed"])
+    assert resume("2", fails="nothing") == (0, ["installed", "install", "start", "follow"])
+    worker("start", "c.py", "w", "wait")
+    assert resume("3", fails="nothing") == (2, ["installed", "start"])  # nothing is replaced under a job that runs
+    worker("stop")
 
 
 # worker.sh
@@ -339,6 +537,16 @@ def test_worker_runs_one_job_at_a_time_and_stops_it(worker):
     assert again.returncode == 2 and "a job is running already" in again.stderr
     worker("stop")
     assert worker("follow").returncode == 128 + signal.SIGTERM
+
+
+def test_worker_has_installed_nothing_without_the_disk(worker, tmp_path):
+    home = tmp_path / "home"
+    for file in ("hybrid_dit.settings", "hybrid_dit/installed"):
+        (home / file).write_text("\0commit\0")
+    assert worker("installed").returncode == 0
+    for file in ("hybrid_dit.settings", "hybrid_dit/installed"):
+        (home / file).write_text("10.0.0.2:/share\0commit\0")
+    assert worker("installed").returncode != 0  # nothing is mounted here
 
 
 # gke
@@ -391,6 +599,21 @@ def test_gke_logs_and_delete(stand):
     assert logs[:3] == ["kubectl", "--namespace=team a", "logs"] and logs[-2:] == ["--follow", "--tail=-1"]
     assert "jobset.sigs.k8s.io/jobset-name=my-run" in logs[3]
     assert delete == ["kubectl", "--namespace=default", "delete", "jobset", "my-run"]
+
+
+@pytest.mark.parametrize("arguments", [("submit", "c.py", "w"), ("logs",), ("delete",)])
+def test_gke_fails_with_kubectl(stand, arguments):
+    stand.reply("kubectl", "exit 7")
+    assert stand.run("gke/jobset.sh", *arguments, **RUN).returncode == 7 and len(stand.calls) == 1
+
+
+@pytest.mark.parametrize("variable", ["GKE_HOSTS", "GKE_CHIPS", "GKE_SLICES", "GKE_RESTARTS"])
+@pytest.mark.parametrize("value", ["x", "-1", "1.5", "08", "9" * 30])
+def test_gke_numbers(stand, variable, value):
+    done = stand.run("gke/jobset.sh", "submit", "c.py", "w", **RUN, **{variable: value})
+    least = 0 if variable == "GKE_RESTARTS" else 1
+    assert done.returncode == 2 and not stand.calls
+    assert done.stderr == f"error: {variable} is '{value}', not a whole number of at least {least}\n"
 
 
 @pytest.mark.parametrize("variable", ["GKE_IMAGE", "GKE_CLAIM", "GKE_NAME"])

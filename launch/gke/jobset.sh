@@ -13,14 +13,13 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/../common.sh"
 
-if [[ ${1:-} == --dry-run ]]; then
-  DRY_RUN=true
-  shift
-fi
 action=${1:-help}
 (($#)) && shift
 case $action in
-  submit | wait | logs | delete) need GKE_NAME my-run ;;
+  submit | wait | logs | delete)
+    need GKE_NAME my-run
+    [[ $action == submit ]] || check_alone "$action" "$@"
+    ;;
   help | -h | --help)
     usage_of "${BASH_SOURCE[0]}"
     exit 0
@@ -39,6 +38,9 @@ case $action in
     need GKE_IMAGE us-docker.pkg.dev/my-project/images/hybrid-dit:1
     need GKE_CLAIM shared-disk
     (($# >= 2)) || fail "usage: launch/gke/jobset.sh submit CONFIG WORKDIR [--config.x.y=value ...]"
+    check_job "$1" "$2"
+    for name in GKE_HOSTS GKE_CHIPS GKE_SLICES; do check_number "$name" "${!name}"; done
+    check_number GKE_RESTARTS "$GKE_RESTARTS" 0
     export GKE_IMAGE GKE_CLAIM
     manifest=$("${PYTHON:-python3}" "$here/manifest.py" "$@")
     if $DRY_RUN; then
