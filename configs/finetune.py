@@ -5,7 +5,7 @@ Run:    python -m hybrid_dit.main --config=configs/finetune.py --workdir=runs/ti
 Takes:  about 2 minutes on two CPU cores for the bundled model.
 Gives:  in runs/tiny/finetune: transformer/ (the hybrid, read by later stages), metrics.jsonl (a line per step),
         loss.png, tensorboard/ (for `tensorboard --logdir`), and checkpoints/, from which the same command continues
-        after an interruption, on as many devices as there are then (but, with data from files, as many processes).
+        after an interruption, on as many devices and processes as there are then.
 
 Other settings: --config.finetune.steps=100 and so on; see configs/common.py. Real models (`finetune.py:wan_1_3b`) need
 pairs of prompts and videos, see docs/data.md.

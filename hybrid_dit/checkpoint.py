@@ -3,7 +3,9 @@
 With several processes all of them save and restore together, each its own devices' part, to a folder that all see.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -26,7 +28,8 @@ class Checkpoints:
             keep: number of checkpoints kept; older ones are deleted once a new one is complete.
             keep_best: keep the one with the lowest loss too; every save has to tell its loss then.
         """
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it touches
+        # Orbax reports every file it touches, and an error once per thread, before it is raised here.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         policies = [preservation_policy.LatestN(keep)]
         if keep_best:
             policies.append(preservation_policy.BestN(get_metric_fn=_loss, reverse=True, n=1))
@@ -38,6 +41,7 @@ class Checkpoints:
         )
         self.folder = Path(folder).resolve()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._saving: int | None = None  # or saved: the last step that was asked for
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -80,9 +84,17 @@ class Checkpoints:
             state: a tree of arrays.
             extra: what belongs to it, of values that JSON can hold.
             loss: what the best is chosen by.
+
+        Raises:
+            UserError: this or the one before can't be written, say because the disk is full.
         """
-        if step != self.latest:
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra or {}))
+        if step == self.latest:
+            return
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra or {}))
+        with self._written():
+            self._manager.wait_until_finished()
+        self._saving = step
+        with self._written():
             self._manager.save(step, args=items, force=True, metrics=None if loss is None else {"loss": loss})
 
     def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
@@ -110,9 +122,28 @@ class Checkpoints:
         return self._restored(self._shared_latest(), extra=ocp.args.JsonRestore()).extra
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
+        """Waits until everything is written.
+
+        Raises:
+            UserError: the last one can't be.
+        """
+        with self._written():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Raises UserError for what goes wrong with the step that is being saved."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            reason = str(error).strip().split("\n")[0]
+            reason = reason if len(reason) <= 300 else f"... {reason[-300:]}"  # the cause comes after all that failed
+            good = f"the last good one is {self.latest}" if self.latest else "there is none before it"
+            raise UserError(
+                f"checkpoint {self.folder / str(self._saving)} could not be written ({reason}); {good}. Make room, or "
+                "see to it that the folder can be written to; the same command continues"
+            ) from error
 
     def _shared_latest(self) -> int | None:
         return processes.on_main(lambda: self.latest)  # what the others see of the folder may be older

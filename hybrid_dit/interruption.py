@@ -3,7 +3,6 @@
 With several processes all of them stop after the same step, whichever of them got the signal.
 """
 
-import os
 import signal
 import sys
 import threading
@@ -11,8 +10,6 @@ import threading
 from hybrid_dit import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Where it is set, the exit code after SIGTERM, for schedulers that would take 0 for a job that is finished.
-STOP_CODE = "HYBRID_DIT_STOP_CODE"
 
 
 class Interruption:
@@ -44,10 +41,10 @@ class Interruption:
         return self._agreed is not None
 
     def stop(self) -> None:
-        """Ends the program: SIGINT raises KeyboardInterrupt, SIGTERM exits with code 0 (but see `STOP_CODE`)."""
+        """Ends the program: SIGINT raises KeyboardInterrupt, SIGTERM exits with `processes.stop_code`."""
         if self._agreed == signal.SIGINT:
             raise KeyboardInterrupt
-        sys.exit(int(os.environ.get(STOP_CODE) or 0))
+        sys.exit(processes.stop_code())
 
     def _note(self, number: int, frame) -> None:
         del frame

@@ -152,13 +152,14 @@ class Group:
         """Ends the process for an error of its own, after the others have been told of it."""
         self._failing.set()
         same = isinstance(error, (UserError, KeyboardInterrupt, SystemExit))  # may be raised in all of them
-        mine = {"process": self.index, "host": self._host, "text": _text(error), "code": _code(error), "same": same}
+        mine = {"process": self.index, "host": self._host, "text": text_of(error), "code": _code(error), "same": same}
+        mine["stopped"] = isinstance(error, SystemExit)
         if _may_be_collateral(error):  # a collective breaks if another process fails: let that one speak first
             self._store.wait("event/failed", LOST + 5)
         first = self._claim_failure(mine)
         if first["process"] == self.index:
             told = "" if same else "".join(traceback.format_exception(error))
-            self._leave(first, f"{told}error: {first['text']}")
+            self._leave(first, told + (first["text"] if first["stopped"] else f"error: {first['text']}"))
         self._leave(first, None if same and first["text"] == mine["text"] else _told(first))
 
     def _claim_failure(self, failure: dict) -> dict:
@@ -233,10 +234,13 @@ class Group:
 
 
 def _told(first: dict) -> str:
+    if first.get("stopped"):
+        return f"process {first['process']} on {first['host']} {first['text']}"
     return f"error: process {first['process']} on {first['host']} failed first: {first['text']}"
 
 
-def _text(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
+    """Returns what is told of the error that ends a process."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -248,7 +252,7 @@ def _text(error: BaseException) -> str:
 
 def _code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) and error.code else 1
+        return error.code if isinstance(error.code, int) else 1
     return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 

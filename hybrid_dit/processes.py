@@ -13,10 +13,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from hybrid_dit.errors import UserError
-from hybrid_dit.process_group import Group, Store
+from hybrid_dit.process_group import Group, Store, text_of
 
 HELP = (
     "several processes: --distributed=auto (TPU pod, Slurm), or in each of them --distributed.coordinator=HOST:PORT "
@@ -31,9 +31,13 @@ VARIABLES = {
     "process_id": "JAX_PROCESS_ID",
 }
 
+# Where it is set, the exit code after SIGTERM, for schedulers that would take 0 for a job that is finished.
+STOP_CODE = "HYBRID_DIT_STOP_CODE"
+
 _group: Group | None = None
 _index = 0  # of this process; still known after the end
 _alone = False  # whether this is process 0 in `on_main`
+_noted = threading.Event()  # that SIGTERM has come outside of loops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +98,23 @@ def joined(options: Options | None) -> Iterator[None]:
     """Inside `with`, this process is one of those that `options` describes; None changes nothing.
 
     They end together: at the end each waits for the others. If one of them raises, all end with its exit code, and say
-    which it was and why (`os._exit`: the others may hang in a collective).
+    which it was and why (`os._exit`: the others may hang in a collective). SIGTERM ends them, too: in good order in
+    loops that look for it (`Interruption`), at once everywhere else, since there is nothing to save.
 
     Raises:
         UserError: the others can't be found.
     """
+    with _ended_by_sigterm():
+        if options is None:
+            yield
+        else:
+            with _together(options):
+                yield
+
+
+@contextlib.contextmanager
+def _together(options: Options) -> Iterator[None]:
     global _group, _index
-    if options is None:
-        yield
-        return
     _initialise(options)
     from jax._src import distributed  # the store has no public name; Orbax takes it from here, too
 
@@ -111,7 +123,6 @@ def joined(options: Options | None) -> Iterator[None]:
     _group = Group(Store(state.client), state.process_id, state.num_processes)
     if _index:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    signal.signal(signal.SIGTERM, _terminated)
     stopped = None
     try:
         try:
@@ -178,6 +189,11 @@ def stop(signal: int | None) -> int | None:
     return signal if _group is None or _alone else _group.stop(signal)
 
 
+def stop_code() -> int:
+    """Returns the exit code after SIGTERM: 0, or what the variable `STOP_CODE` says."""
+    return int(os.environ.get(STOP_CODE) or 0)
+
+
 def devices() -> list:
     """Devices that the code at hand may use: all, or those of process 0 within `on_main`."""
     import jax
@@ -225,10 +241,52 @@ def _initialise(options: Options) -> None:
         hint.cancel()
 
 
-def _terminated(number: int, frame) -> None:
-    """Outside of loops that stop in good order (`Interruption`), SIGTERM ends all processes at once."""
-    del frame
-    raise SystemExit(128 + number)
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside `with`, SIGTERM ends the process at once, unless somebody else has taken over the signal.
+
+    A thread does it: Python's own handlers have to wait while the main thread compiles.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in that one alone
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch():
+        while number := os.read(reading, 1)[0]:
+            if number == signal.SIGTERM and (signal.getsignal(signal.SIGTERM) is _note or _noted.is_set()):
+                _end()
+
+    thread = threading.Thread(target=watch, daemon=True, name="hybrid_dit SIGTERM")
+    thread.start()
+    before = signal.signal(signal.SIGTERM, _note), signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before[1])
+        signal.signal(signal.SIGTERM, before[0])
+        os.write(writing, b"\0")  # ends the thread
+        thread.join()
+        os.close(writing)
+        os.close(reading)
+
+
+def _note(number: int, frame) -> None:
+    """Has the thread end the process even if a loop takes over the signal before the thread has looked."""
+    del number, frame
+    _noted.set()
+
+
+def _end() -> NoReturn:
+    stop = SystemExit(stop_code())
+    try:
+        if _group is not None:
+            _group.fail(stop)
+        print(f"{text_of(stop)}\n", end="", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    finally:
+        os._exit(stop.code)
 
 
 def _number(option: str, text: str, least: int) -> int:

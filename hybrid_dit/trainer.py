@@ -134,7 +134,7 @@ class Trainer:
     # The step
 
     def train_step(self, state: State, batch: Pairs, teacher: PyTree = None) -> tuple[State, dict[str, Array]]:
-        """One step of AdamW; returns the new state and metrics before the update, float32 scalars but for two.
+        """One step of AdamW; returns the new state and metrics before the update, float32 scalars but for three.
 
         Args:
             state: used up.
@@ -142,9 +142,10 @@ class Trainer:
             teacher: its parameters, if the loss has a term for it.
 
         Returns:
-            (state, {"loss", "grad_norm" (before the clip), "learning_rate", "bucket_sum" and "bucket_count" of the
-            flow-matching loss by timestep [BUCKETS]}); with a teacher also "flow_loss" and "teacher_loss", with trained
-            feature maps also "phi_norm" and "phi_grad_norm").
+            (state, {"loss", "grad_norm" (before the clip), "learning_rate", "sample_loss" [b] in the batch's order (no
+            weights on its terms), "bucket_sum" and "bucket_count" of the flow-matching loss by timestep [BUCKETS]});
+            with a teacher also "flow_loss" and "teacher_loss", with trained feature maps also "phi_norm" and
+            "phi_grad_norm").
         """
         cfg, parts = self.cfg, self.cfg.accumulate
         samples = self.draw(batch, jax.random.fold_in(jax.random.key(self.seed), state.step))
@@ -172,6 +173,7 @@ class Trainer:
             "loss": value,
             "grad_norm": norm(grads),
             "learning_rate": jnp.float32(self.optimiser.learning_rate(state.step)),
+            "sample_loss": sum(errors.values()).T.reshape(-1),  # accumulated: [parts, b / parts], dealt by `_cut`
             "bucket_sum": sums,
             "bucket_count": counts,
         }
@@ -231,26 +233,30 @@ class Trainer:
 
     # Programs
 
+    def check_batch(self) -> None:
+        """Says so if not all devices can have a part of a batch of their own.
+
+        Raises:
+            UserError: several processes need that.
+        """
+        smallest = self.cfg.batch // self.cfg.accumulate
+        parts = self.mesh.size // self.mesh.shape["seq"]
+        if parts > 1 and sharding.batch_sharding(self.mesh, smallest).is_fully_replicated:
+            if jax.process_count() > 1:
+                raise UserError(
+                    f"a batch of {smallest} does not divide over {parts} devices, which several processes need; change "
+                    "finetune.batch or finetune.accumulate"
+                )
+            print(f"note: a batch of {smallest} does not divide over {parts} devices; each computes all of it")
+
     def compile(
         self, state: State, batch: Pairs | Batch, teacher: PyTree = None
     ) -> Callable[[State, Pairs | Batch], tuple[State, dict[str, Array]]]:
         """Returns `train_step` for this process's parts of host batches; it uses up the state it is given.
 
         Compiled at once for batches like `batch`, later for other shapes.
-
-        Raises:
-            UserError: the batch can't be divided over processes.
         """
         _, parts = sharding.process_share(self.mesh)
-        whole = len(batch.latents) * parts
-        smallest = whole // self.cfg.accumulate
-        if sharding.batch_sharding(self.mesh, smallest).is_fully_replicated and self.mesh.size > self.mesh.shape["seq"]:
-            if jax.process_count() > 1:
-                raise UserError(
-                    f"a batch of {smallest} does not divide over {self.mesh.size // self.mesh.shape['seq']} devices, "
-                    "which several processes need; change finetune.batch or finetune.accumulate"
-                )
-            print(f"note: a batch of {smallest} does not divide over {self.mesh.size} devices; each computes all of it")
         programs = {}
 
         def run(state, batch):

@@ -111,7 +111,7 @@ def is_done(workdir: Path, name: str, config, later: bool = False) -> bool:
     Raises:
         UserError: the stage was made with other settings.
     """
-    return processes.on_main((workdir / name).is_dir) and Stage(workdir, name, config, later).done
+    return processes.on_main((workdir / name / "settings.json").is_file) and Stage(workdir, name, config, later).done
 
 
 def require(workdir: Path, name: str, config) -> Path:

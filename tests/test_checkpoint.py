@@ -1,5 +1,6 @@
 import gc
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,33 @@ for step in range(1, 1000):
     assert 3 <= step < 1000
     np.testing.assert_array_equal(restored["x"], step)
     assert not list(tmp_path.glob("*tmp*"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's threads, once collected
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("told_by", ["save", "close"])
+def test_a_disk_that_is_full_is_told_in_one_sentence_and_the_last_good_checkpoint_stays(tmp_path, capfd, told_by):
+    """Files may have a megabyte, as a stand-in for the disk; the write fails in the background."""
+    noise = jax.random.normal(jax.random.key(0), (1_000_000,))  # does not compress
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = r"/2 could not be written \(.*File too large.*\); the last good one is 1\."
+    with pytest.raises(UserError, match=told) as info, Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": noise})
+        checkpoints._manager.wait_until_finished()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+            checkpoints.save(2, {"x": noise})
+            if told_by == "save":
+                checkpoints.save(3, {"x": noise})
+                pytest.fail("the failure of the save before was not told")
+            checkpoints.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(info.value) and "Traceback" not in capfd.readouterr().err
+    with Checkpoints(tmp_path) as checkpoints:
+        step, restored = checkpoints.restore({"x": noise})
+    assert step == 1 and np.array_equal(restored["x"], noise)
+    gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's threads, once collected

@@ -39,8 +39,9 @@ sys.exit(main.main(sys.argv))
 """
 
 
-def several(folder, code, *arguments):
-    return Several(folder, PROGRAM, "--config=configs/sample.py", f"--workdir={folder / 'run'}", *arguments, code)
+def several(folder, code, *arguments, **variables):
+    options = "--config=configs/sample.py", f"--workdir={folder / 'run'}"
+    return Several(folder, PROGRAM, *options, *arguments, code, **variables)
 
 
 def test_they_end_together_and_the_first_alone_prints(tmp_path):
@@ -90,11 +91,28 @@ def test_a_killed_process_is_found_out(tmp_path):
     assert "error: process 1 on " in told and "failed first: no sign of life for 2 s; it was killed" in told
 
 
-def test_sigterm_outside_of_loops_ends_all_at_once(tmp_path):
-    code = "if index: os.kill(os.getpid(), signal.SIGTERM)\nprocesses.on_main(time.sleep, 60)"
-    results = several(tmp_path, code).finish()
-    assert [code for code, _, _ in results] == [143, 143]
-    assert "failed first: stopped with exit code 143; the same command continues\n" in results[0][2]
+@pytest.mark.parametrize("code", [0, 75])
+def test_sigterm_outside_of_loops_ends_all_at_once(tmp_path, code):
+    job = "if index: os.kill(os.getpid(), signal.SIGTERM)\nprocesses.on_main(time.sleep, 60)"
+    first, second = several(tmp_path, job, HYBRID_DIT_STOP_CODE=str(code or "")).finish()
+    assert (first[0], second[0]) == (code, code)
+    told = f"stopped with exit code {code}; the same command continues\n"
+    assert first[2].startswith("process 1 on ") and first[2].endswith(f" {told}") and second[2] == told
+
+
+def test_sigterm_ends_a_single_process_even_while_it_is_busy(tmp_path):
+    """A function in C that takes minutes stands for a compilation: both keep Python's signal handlers waiting."""
+    busy = """
+import hashlib, threading
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+    command = [sys.executable, "-c", PROGRAM, "--config=configs/sample.py", f"--workdir={tmp_path}", busy]
+    began = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0 and run.stderr == "stopped with exit code 0; the same command continues\n"
+    assert "in the job\n" in run.stdout and time.monotonic() - began < 60
 
 
 def test_sigterm_to_one_of_two_saves_both_at_the_same_step_and_they_continue(tmp_path):

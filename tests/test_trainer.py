@@ -1,5 +1,6 @@
 """The step of a tiny hybrid: one device against meshes, a whole batch against its parts, and the loss it minimises."""
 
+import contextlib
 import json
 import re
 
@@ -18,7 +19,7 @@ from hybrid_dit.data.source import Text
 from hybrid_dit.errors import UserError
 from hybrid_dit.models.wan import WanDiT
 from hybrid_dit.pairs import Pairs
-from hybrid_dit.trainer import Trainer, fitted_text
+from hybrid_dit.trainer import fitted_text
 
 STEPS = 20
 PROGRAM = """
@@ -102,7 +103,8 @@ def assert_same_training(rows, expected, tolerance):
     for name in ("loss", "grad_norm", "flow_loss", "teacher_loss", "phi_norm", "phi_grad_norm"):
         np.testing.assert_allclose(column(rows, name), column(expected, name), rtol=tolerance, err_msg=name)
     np.testing.assert_array_equal([r["bucket_count"] for r in rows], [r["bucket_count"] for r in expected])
-    np.testing.assert_allclose([r["bucket_sum"] for r in rows], [r["bucket_sum"] for r in expected], rtol=tolerance)
+    for name in ("bucket_sum", "sample_loss"):
+        np.testing.assert_allclose([r[name] for r in rows], [r[name] for r in expected], rtol=tolerance, err_msg=name)
 
 
 # Meshes
@@ -158,13 +160,20 @@ def test_what_is_frozen_stays_and_has_no_moments_and_the_average_lags_behind(one
         assert np.array_equal(ema[path], after[path]) == (path not in trained), path
 
 
-def test_a_batch_that_does_not_divide_is_told(capsys, monkeypatch):
-    trainer, params = training.make_trainer(sharding.train_mesh())
-    monkeypatch.setattr(Trainer, "lower", lambda *_: pytest.fail("compiled"))
-    state = trainer.abstract(params)
-    with pytest.raises(pytest.fail.Exception, match="compiled"):
-        trainer.compile(state, batch_of(4))
-    assert "a batch of 4 does not divide over 8 devices" in capsys.readouterr().out
+def test_a_batch_that_does_not_divide_is_told_and_refused_with_several_processes(capsys, monkeypatch):
+    for settings, seq, told in (
+        ({}, 1, ""),
+        ({"accumulate": 2}, 1, "note: a batch of 4 does not divide over 8 devices; each computes all of it\n"),
+        ({"accumulate": 2}, 2, ""),
+        ({"batch": 1}, 8, ""),
+    ):
+        trainer, _ = training.make_trainer(sharding.train_mesh(seq=seq), **settings)
+        with monkeypatch.context() as patch:
+            trainer.check_batch()
+            assert capsys.readouterr().out == told
+            patch.setattr(jax, "process_count", lambda: 2)
+            with pytest.raises(UserError, match="over 8 devices, which") if told else contextlib.nullcontext():
+                trainer.check_batch()
 
 
 # The loss
@@ -213,6 +222,7 @@ def test_losses_add_up(one):
         # Eight float32 losses summed in two orders.
         np.testing.assert_allclose(row["bucket_sum"].sum() / training.BATCH, row["flow_loss"], rtol=8 * 2**-24)
         np.testing.assert_allclose(row["loss"], row["flow_loss"] + 0.5 * row["teacher_loss"], rtol=8 * 2**-24)
+        np.testing.assert_allclose(row["sample_loss"].mean(), row["flow_loss"] + row["teacher_loss"], rtol=8 * 2**-24)
 
 
 def test_metrics_are_norms_of_what_they_say(one):

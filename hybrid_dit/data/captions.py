@@ -47,10 +47,12 @@ def find_videos(folder: str | Path, captions: str | Path = "") -> tuple[list[Vid
                 if beside.is_file():
                     rows.append((name, _read_text(beside, name, skipped)))
                 else:
-                    skipped[name] = f"there is no caption {beside.name} beside it"
+                    skipped[_escaped(name)] = f"there is no caption {_escaped(beside.name)} beside it"
     for name, caption in rows:
         path = folder / name
-        if name in found:
+        if not (_is_utf8(name) and _is_utf8(caption)):  # neither could be written into the set
+            skipped[_escaped(name)] = "its name or caption is not UTF-8; change it"
+        elif name in found:
             skipped[name] = "it is listed more than once; the first caption was taken"
         elif not name or Path(name).is_absolute() or ".." in Path(name).parts:
             skipped[name or "(no name)"] = "its name leads out of the folder"
@@ -66,11 +68,20 @@ def find_videos(folder: str | Path, captions: str | Path = "") -> tuple[list[Vid
     return [found[name] for name in sorted(found)], skipped
 
 
+def _is_utf8(text: str) -> bool:
+    """Returns whether text can be written as UTF-8: Python reads any file name, and JSON may hold half a character."""
+    return _escaped(text) == text
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _read_text(path: Path, name: str, skipped: dict[str, str]) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        skipped[name] = f"its caption {path.name} can't be read: {shown(error)}"
+        skipped[_escaped(name)] = f"its caption {_escaped(path.name)} can't be read: {shown(error)}"
         return ""
 
 

@@ -4,7 +4,9 @@ What a step trains on is a pure function of its number (`hybrid_dit.data.order`)
 training and keeps the position. Its elements are whole batches, so that they don't depend on the number of threads.
 """
 
+import functools
 import hashlib
+import io
 import json
 import sys
 from typing import NamedTuple
@@ -71,7 +73,7 @@ class LatentSource:
             batch: of all processes together.
             seed: of the order.
             max_bad: number of bad samples that are tolerated on this process.
-            process: index of this process.
+            process: index of this process, which takes its rows of every batch.
             processes: their number.
             threads: that prepare batches; 0: the caller's own.
             ahead: batches kept ready.
@@ -81,17 +83,14 @@ class LatentSource:
         """
         entries, files = library.index.entries, library.index.file
         blocks = [None if e.block < 0 else (f, e.block) for f, e in zip(files, entries)]
-        order = Order(buckets, blocks, batch, seed, process, processes)
-        self.steps, self._max_bad = order.steps, max_bad
-        self._identity = {
-            "data": library.index.digest(),
-            "settings": _digest([list(buckets), batch, seed, processes]),
-        }
+        self._order = functools.partial(Order, buckets, blocks, batch, seed)
+        self._rows = range(batch * process // processes, batch * (process + 1) // processes)
+        self._library, self._form, self._max_bad, self._process = library, form, max_bad, [process, processes]
+        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 1)
+        self._identity = {"data": library.index.digest(), "settings": _digest([list(buckets), batch, seed])}
         self.bad: dict[str, str] = {}
-        self._count(library.index.bad)
-        batches = grain.MapDataset.source(_Batches(library, order, form, max_bad))
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 1)
-        self._iterator = iter(batches.to_iter_dataset(options))
+        self._count(library.index.bad, sys.stdout)  # all processes have found the same: process 0 alone is heard
+        self._begin(processes)
 
     def next(self) -> Batch:
         """Returns the next batch.
@@ -100,38 +99,53 @@ class LatentSource:
             UserError: more samples than `max_bad` are unusable.
         """
         made = next(self._iterator)
-        self._count(made.bad)
+        self._count(made.bad, sys.stderr)  # of this process's rows; the others' stdout goes nowhere
         if made.batch is None:
             raise UserError(self._complaint("no usable sample is left for a batch"))
         return made.batch
 
     def state(self) -> dict:
-        """Returns the position, for `restore`."""
-        return {**self._identity, "position": self._iterator.get_state(), "bad": dict(self.bad)}
+        """Returns the position, for `restore`; equal on all processes but for `process` and what it found `bad`."""
+        order = {"shares": self._shares, "position": self._iterator.get_state()}
+        return {**self._identity, **order, "process": self._process, "bad": dict(self.bad)}
 
     def restore(self, state: dict) -> None:
-        """Continues where `state` was taken.
+        """Continues where `state` was taken, by any number of processes, with the same batches of all together.
+
+        Where it was taken by another process, or by one of another number, bad samples are counted anew.
 
         Raises:
-            UserError: it was taken with other data, batch, seed, shapes or number of processes.
+            UserError: it was taken with other data, batch, seed or shapes.
         """
         for name, value in self._identity.items():
             if state.get(name) != value:
-                what = "files or samples" if name == "data" else "shapes, batch, seed or number of processes"
+                what = "files or samples" if name == "data" else "shapes, batch or seed"
                 raise UserError(
                     f"the data position of the checkpoint belongs to other {what}; train on what it was made with, or "
                     "start in another --workdir"
                 )
+        if state["shares"] != self._shares:
+            self._begin(state["shares"])
         self._iterator.set_state(state["position"])
-        self.bad = dict(state["bad"])
+        self.bad = dict(state["bad"] if state["process"] == self._process else self._library.index.bad)
 
-    def _count(self, bad: dict[str, str]) -> None:
+    def _begin(self, shares: int) -> None:
+        """Starts at the first batch of the order that was made for this many processes."""
+        order = self._order(shares)
+        self.steps, self._shares = order.steps, shares
+        batches = _Batches(self._library, order, self._rows, self._form, self._max_bad)
+        self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(self._options))
+
+    def _count(self, bad: dict[str, str], console: io.TextIOBase) -> None:
         new = {name: why for name, why in bad.items() if name not in self.bad}
         self.bad |= new
         for name, why in list(new.items())[:SHOWN]:
-            print(f"data: left out {shown(name)}: {why}", flush=True)
+            print(f"data: left out {shown(name)}: {why}", file=console, flush=True)
         if new:
-            print(f"data: {len(self.bad)} bad samples so far, at most {self._max_bad} are accepted", flush=True)
+            process, processes = self._process
+            who = f" on process {process}" if processes > 1 else ""
+            told = f"data: {len(self.bad)} bad samples so far{who}, at most {self._max_bad} are accepted"
+            print(told, file=console, flush=True)
         if len(self.bad) > self._max_bad:
             raise UserError(self._complaint("too many bad samples"))
 
@@ -147,8 +161,8 @@ class LatentSource:
 class _Batches:
     """Batch n as element n: what grain reads. Safe for threads."""
 
-    def __init__(self, library: Library, order: Order, form: Form, max_bad: int):
-        self._library, self._order, self._form, self._max_bad = library, order, form, max_bad
+    def __init__(self, library: Library, order: Order, rows: range, form: Form, max_bad: int):
+        self._library, self._order, self._rows, self._form, self._max_bad = library, order, rows, form, max_bad
         self._known: dict[int, str] = {}  # bad samples need not be read again to be known as bad
 
     def __len__(self) -> int:
@@ -156,10 +170,10 @@ class _Batches:
 
     def __getitem__(self, step: int) -> Made:
         samples, keys, bad = [], [], {}
-        for place, number in enumerate(self._order.at(step).samples.tolist()):
+        for row, number in zip(self._rows, self._order.at(step, self._rows).samples.tolist()):
             sample = self._read(number, bad)
             if sample is None:
-                for number in self._order.substitutes(step, place, self._max_bad + 1).tolist():
+                for number in self._order.substitutes(step, row, self._max_bad + 1).tolist():
                     sample = self._read(number, bad)
                     if sample is not None:
                         break

@@ -20,6 +20,7 @@ from hybrid_dit.data.order import WINDOW
 LATENT, TEXT = "vae_latent", "text_embedding"
 MAX_GROUP = 2**32  # bytes; 2 * WINDOW of them are kept in memory
 PARTS = ("bytes", "shape", "dtype")
+STRANGE = AttributeError, TypeError, ValueError  # from values of other types than expected
 DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,
     "float16": np.float16,
@@ -76,6 +77,8 @@ class ParquetLibrary(Library):
                         row += 1
         except (pa.ArrowException, OSError) as error:
             raise BadSample(f"not a readable parquet file: {shown(error)}") from error
+        except STRANGE as error:
+            raise BadSample(f"has a column of a type that FastVideo does not write: {shown(error)}") from error
         return entries, bad
 
     def load(self, file: Path, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
@@ -84,9 +87,9 @@ class ParquetLibrary(Library):
         try:
             table = self._groups.get((file, group), lambda: _read_group(file, group))
             return _tensor(table, LATENT, within), _tensor(table, TEXT, within)
-        except (pa.ArrowException, OSError, IndexError) as error:
+        except (pa.ArrowException, OSError, IndexError, UnicodeDecodeError) as error:
             raise BadSample(f"can't be read: {shown(error)}") from error
-        except (AttributeError, TypeError) as error:
+        except STRANGE as error:
             raise BadSample(f"has a column of a type that FastVideo does not write: {shown(error)}") from error
 
 

@@ -1,7 +1,7 @@
 """What training reads: batches of latents and text, and the position to continue from.
 
-A source is deterministic: the batch of step n depends on the data, the seed, the number of processes and this process's
-index alone. Each process gets its own share of the global batch, of one shape that all of them have at that step.
+A source is deterministic: the global batch of step n depends on the data, the seed and the number of processes that
+training began with alone. Each process gets its own rows of it, all of one shape.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -38,7 +38,7 @@ class Source(Protocol):
         """Returns the position (the batch that comes next) as something JSON can hold."""
 
     def restore(self, state: dict) -> None:
-        """Continues where `state` was taken. Raises UserError if it belongs to other data or settings."""
+        """Continues where `state` was taken, in any process. Raises UserError if it is of other data or settings."""
 
 
 def pack(own: np.ndarray, rows: int, text_tokens: int) -> tuple[np.ndarray, np.ndarray]:

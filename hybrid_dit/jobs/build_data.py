@@ -32,6 +32,7 @@ from hybrid_dit.progress import Progress
 from hybrid_dit.workdir import Stage, is_done
 
 FOLDER = "data"
+FPS = 0.01, 1000.0
 A_DAY = 86400.0  # seconds that processes that are done wait for the others' shards
 
 
@@ -56,9 +57,11 @@ def run(config, workdir: Path) -> None:
         raise UserError(f"build_data.process={process} is not one of {processes}; count from 0")
     if cfg.dtype not in ("float32", "bfloat16") or cfg.compute_dtype not in ("float32", "bfloat16"):
         raise UserError("build_data.dtype and build_data.compute_dtype are float32 or bfloat16")
-    for name in ("shard", "batch", "fps", "enlarge"):
-        if cfg[name] <= 0:
+    for name in ("shard", "batch", "enlarge"):
+        if not cfg[name] > 0:
             raise UserError(f"build_data.{name}={cfg[name]} must be more than 0")
+    if not FPS[0] <= cfg.fps <= FPS[1]:
+        raise UserError(f"build_data.fps={cfg.fps} must be from {FPS[0]:g} to {FPS[1]:g} frames per second")
     if is_done(workdir, FOLDER, _settings(config)):
         print(f"build_data: complete in {workdir / FOLDER}")
         return

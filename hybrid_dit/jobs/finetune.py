@@ -6,7 +6,7 @@ The step itself is in `hybrid_dit.trainer`; here are data, the loop with its che
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,17 +18,17 @@ from hybrid_dit.array_typing import PyTree
 from hybrid_dit.checkpoint import Checkpoints
 from hybrid_dit.convert.pipeline import load_pipeline, save_transformer
 from hybrid_dit.data.open_source import open_source
-from hybrid_dit.data.source import Batch, Source
+from hybrid_dit.data.source import Source
 from hybrid_dit.errors import UserError
 from hybrid_dit.interruption import Interruption
 from hybrid_dit.loss_log import read_losses, running_mean
+from hybrid_dit.optim import Optimiser
 from hybrid_dit.surgery_io import CHOICE_FILE, MAPS_FILE, load_choice, load_maps, specs_from_config
 from hybrid_dit.train_metrics import AVERAGED, METRICS_FILE, Monitor, step_flops
 from hybrid_dit.train_samples import SampleVideos
 from hybrid_dit.trainer import State, Trainer, check
-from hybrid_dit.workdir import Stage, require
+from hybrid_dit.workdir import Stage, is_done, require
 
-KEYS_SHOWN = 16  # names of samples in a message
 PROFILE_AFTER = 3  # steps of this run, which are not typical
 
 
@@ -40,17 +40,20 @@ def run(config, workdir: Path) -> None:
     """
     _check_settings(config.finetune)
     distilled, selected = require(workdir, "distill", config), require(workdir, "select", config)
-    stage = Stage(workdir, "finetune", config)
-    if stage.done:
-        print(f"finetune: complete in {stage.folder}")
+    folder = workdir / "finetune"
+    if is_done(workdir, "finetune", config):
+        print(f"finetune: complete in {folder}")
         return
     pipeline = load_pipeline(config.model.weights)
     choice = load_choice(selected / CHOICE_FILE)
     specs = specs_from_config(config.distill)
     attention, params = surgery.assemble(pipeline.dit, load_maps(distilled / MAPS_FILE), choice, specs)
+    Optimiser(config.finetune).split(params)  # whether the learning-rate rules are about these parameters
     mesh = sharding.train_mesh(config.mesh.replicas, config.mesh.seq)
-    source, empty = open_source(config, pipeline, stage.folder, *sharding.process_share(mesh))
+    source, empty = open_source(config, pipeline, folder, *sharding.process_share(mesh))
     trainer = Trainer(config, pipeline.wan, attention, pipeline.shift, empty, mesh)
+    trainer.check_batch()
+    stage = Stage(workdir, "finetune", config)  # not before: settings that were refused must not be kept
     teacher = trainer.place_teacher(pipeline.dit) if config.finetune.teacher else None
     videos = None
     if config.finetune.sample_every:
@@ -70,6 +73,8 @@ def _check_settings(cfg) -> None:
     for name in ("steps", "batch", "save_every", "keep"):
         if cfg[name] < 1:
             raise UserError(f"finetune.{name}={cfg[name]} must be at least 1")
+    if not 0 < cfg.learning_rate < math.inf:
+        raise UserError(f"finetune.learning_rate={cfg.learning_rate} must be more than 0")
     for name in ("warmup", "weight_decay", "clip", "shift", "teacher", "sample_every", "profile"):
         if cfg[name] < 0:
             raise UserError(f"finetune.{name}={cfg[name]} must be at least 0")
@@ -128,7 +133,7 @@ def train(
             reserved = pool.submit(checkpoints.reserve, state)
             step = trainer.compile(state, batch, teacher)
             reserved.result()
-        _, parts = sharding.process_share(trainer.mesh)
+        part, parts = sharding.process_share(trainer.mesh)
         with (
             Monitor(folder, first, cfg.steps, trainer.mesh.size) as monitor,
             Interruption() as interruption,
@@ -141,7 +146,7 @@ def train(
                 position = source.state()
                 following = source.next() if n < cfg.steps else None  # while the devices are busy
                 metrics = jax.device_get(metrics)
-                _check(metrics, n, batch, checkpoints, cfg)
+                _check(metrics, n, batch.keys, part, checkpoints, cfg)
                 shape = (len(batch.latents) * parts, *batch.latents.shape[1:])
                 tokens = shape[0] * math.prod(trainer.wan.grid(shape))
                 flops = step_flops(trainer.wan, trainer.attention, shape, batch.text.shape[1], teacher is not None)
@@ -184,28 +189,37 @@ class Profile:
             self.__exit__()
 
 
-def _check(metrics, step: int, batch: Batch, checkpoints: Checkpoints, cfg) -> None:
-    """Raises UserError if loss or gradient is not finite."""
+def _check(metrics, step: int, keys: Sequence[str], part: int, checkpoints: Checkpoints, cfg) -> None:
+    """Raises UserError, the same on all processes, if loss or gradient is not finite.
+
+    Args:
+        metrics: of the step, equal on all processes.
+        step: its number.
+        keys: of this process's samples.
+        part: of the batch that they are.
+        checkpoints: of the run.
+        cfg: section `finetune`.
+    """
     loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    keys = ", ".join(batch.keys[:KEYS_SHOWN]) + (", ..." if len(batch.keys) > KEYS_SHOWN else "")
-    good = checkpoints.latest
+    told = dict(json.loads(text) for text in gathered(json.dumps([part, keys])))  # processes may have the same part
+    everything = [key for part in sorted(told) for key in told[part]]
+    wrong = [key for key, value in zip(everything, metrics["sample_loss"]) if not math.isfinite(value)]
+    which = f"samples whose loss is not finite, of {len(everything)}" if wrong else "its samples"
+    good = processes.on_main(lambda: checkpoints.latest)
     saved = f"the last good checkpoint is {checkpoints.folder / str(good)}" if good else "nothing was saved before"
     raise UserError(
-        f"fine-tuning diverged at step {step}: loss {loss}, gradient norm {grad_norm}. Its samples (of this process): "
-        f"{keys}; {saved}. The same command would come to the same step again: look at those samples, or start in "
-        f"another --workdir with a lower --config.finetune.learning_rate (now {cfg.learning_rate})"
+        f"fine-tuning diverged at step {step}: loss {loss}, gradient norm {grad_norm}; {which}: "
+        f"{', '.join(wrong or everything)}; {saved}. The same command would come to the same step again: look at those "
+        "samples, or start in another --workdir with a lower --config.finetune.learning_rate "
+        f"(now {cfg.learning_rate})"
     )
 
 
 def _position(states: list[dict]) -> dict:
-    """Returns the position in the data of this process, from those of all processes when the checkpoint was saved."""
-    if len(states) == jax.process_count():
-        return states[jax.process_index()]
-    if all(state == states[0] for state in states):
-        return states[0]
-    raise UserError(
-        f"the checkpoint has positions in the data of {len(states)} processes, which differ; continue it with as many "
-        f"(now {jax.process_count()})"
-    )
+    """Returns the position in the data from those of all processes when the checkpoint was saved.
+
+    They differ in what each process has counted alone: where there are as many as then, everyone takes its own.
+    """
+    return states[jax.process_index() if len(states) == jax.process_count() else 0]

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -35,6 +36,24 @@ def test_unreadable_and_empty_captions_are_told(folder):
     assert [v.key for v in found] == ["sub/a.MOV"]
     assert skipped["b.mp4"].startswith("its caption b.txt can't be read")
     assert skipped["c.webm"] == "its caption is empty"
+
+
+def test_names_and_captions_that_can_not_be_written_are_told(folder):
+    for name in (b"caf\xe9.mp4", b"caf\xe9.txt", b"no\xe9.mp4", b"sub/a.txt"):
+        (folder / os.fsdecode(name)).write_bytes(b"good")
+    (folder / "c.txt").write_text("good")
+    found, skipped = find_videos(folder)
+    assert [v.key for v in found] == ["c.webm", "sub/a.MOV"]
+    assert skipped == {
+        "caf\\udce9.mp4": "its name or caption is not UTF-8; change it",
+        "no\\udce9.mp4": "there is no caption no\\udce9.txt beside it",
+        "b.mp4": "there is no caption b.txt beside it",
+    }
+    table = folder.parent / "captions.jsonl"
+    rows = [{"file": "b.mp4", "caption": "half a \ud800"}, {"file": "\ud800.mp4", "caption": "a"}]
+    table.write_text("\n".join(map(json.dumps, [*rows, {"file": "c.webm", "caption": "b"}])))
+    found, skipped = find_videos(folder, table)
+    assert [v.key for v in found] == ["c.webm"] and skipped.keys() == {"b.mp4", "\\ud800.mp4"}
 
 
 ROWS = [("b.mp4", "one, with a comma"), ("sub/a.MOV", "two"), ("gone.mp4", "x"), ("../b.mp4", "x")]

@@ -142,8 +142,19 @@ def test_a_bad_sample_is_replaced_counted_and_named_once(bad, reason, capsys):
     assert list(source.bad) == ["sample 4"]
     with pytest.raises(BadSample, match=reason):
         raise BadSample(source.bad["sample 4"])
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err  # stdout of all processes but the first goes nowhere
     assert told.count("left out sample 4") == 1 and "1 bad samples so far, at most 3 are accepted" in told
+
+
+def test_what_no_process_can_use_is_named_by_the_first_alone_and_the_rest_by_whoever_meets_it(capsys):
+    bad = {"part.tar": "cut off"}
+    sources = [make(Memory(PAIRS, {4: "a", 16: "b"}, bad), process=p, processes=2) for p in range(2)]
+    assert capsys.readouterr().out.count("left out part.tar: cut off") == 2  # of which the console shows the first
+    for source, mine, others in zip(sources, (4, 16), (16, 4)):
+        take(source, 20)
+        out, err = capsys.readouterr()
+        assert not out and f"left out sample {mine}" in err and f"sample {others}" not in err
+    assert "2 bad samples so far on process 1, at most 3" in err
 
 
 def test_replacements_are_the_same_after_a_resume():
@@ -171,13 +182,45 @@ def test_a_bucket_without_a_good_sample_is_an_error():
         take(make(Memory(PAIRS, {i: "gone" for i in BUCKETS["tall"]}), max_bad=50), 20)
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2), (2, 4)])
+def test_another_number_of_processes_goes_on_with_the_same_global_batches(before, after):
+    bad = {4: "a", 7: "b"}
+
+    def sources(processes):
+        return [make(Memory(PAIRS, bad), process=p, processes=processes) for p in range(processes)]
+
+    def keys(sources, count):
+        return [sum((source.next().keys for source in sources), ()) for _ in range(count)]
+
+    whole, begun, continued = sources(before), sources(before), sources(after)
+    expected, again = keys(whole, 30), keys(begun, 11)
+    states = json.loads(json.dumps([source.state() for source in begun]))
+    for i, source in enumerate(continued):
+        source.restore(states[i % before])
+    assert again + keys(continued, 9) == expected[:20]
+    states = [source.state() for source in continued]
+    for source in begun:  # and back
+        source.restore(states[0])
+    assert keys(begun, 10) == expected[20:]
+    assert all(source.bad.keys() <= {"sample 4", "sample 7"} for source in continued + begun)
+
+
+def test_bad_samples_are_counted_anew_by_another_process():
+    begun = make(Memory(PAIRS, {4: "a"}, {"part.tar": "cut off"}), process=0, processes=2)
+    take(begun, 20)
+    assert begun.bad.keys() == {"part.tar", "sample 4"}
+    for process, processes, known in ((0, 2, True), (1, 2, False), (0, 1, False)):
+        other = make(Memory(PAIRS, {}, {"part.tar": "cut off"}), process=process, processes=processes)
+        other.restore(begun.state())
+        assert ("sample 4" in other.bad) == known and "part.tar" in other.bad
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"seed": 1}, "other shapes, batch, seed or number of processes"),
-        ({"batch": 2}, "other shapes, batch, seed"),
-        ({"processes": 2}, "other shapes, batch, seed"),
-        ({"buckets": {"wide": BUCKETS["wide"]}}, "other shapes, batch, seed"),
+        ({"seed": 1}, "other shapes, batch or seed"),
+        ({"batch": 2}, "other shapes, batch or seed"),
+        ({"buckets": {"wide": BUCKETS["wide"]}}, "other shapes, batch or seed"),
         ({"library": Memory(PAIRS[:19])}, "other files or samples"),
     ],
 )

@@ -16,11 +16,12 @@ def walk(order, steps, start=0):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_share_all_samples_without_overlap(processes):
-    orders = [Order(BUCKETS, ALONE, 4, 0, p, processes) for p in range(processes)]
-    seen = [collections.Counter() for _ in orders]
-    for step in range(20 * orders[0].steps):
-        slots = [order.at(step) for order in orders]
+    order, local = Order(BUCKETS, ALONE, 4, 0, processes), 4 // processes
+    seen = [collections.Counter() for _ in range(processes)]
+    for step in range(20 * order.steps):
+        slots = [order.at(step, range(p * local, (p + 1) * local)) for p in range(processes)]
         assert len({slot.bucket for slot in slots}) == 1  # one shape at a time, everywhere
+        assert order.at(step).samples.tolist() == np.concatenate([slot.samples for slot in slots]).tolist()
         assert all(len(slot.samples) == 4 // processes for slot in slots)
         for counter, slot in zip(seen, slots):
             assert set(slot.samples.tolist()) <= set(list(BUCKETS.values())[slot.bucket])
@@ -57,7 +58,7 @@ def test_buckets_come_up_in_proportion_to_their_size():
 
 
 def test_a_step_depends_on_its_number_alone():
-    order, again, other = (Order(BUCKETS, ALONE, 4, seed, 1, 2) for seed in (7, 7, 8))
+    order, again, other = (Order(BUCKETS, ALONE, 4, seed, 2) for seed in (7, 7, 8))
     forward = walk(order, 40)
     for step in (39, 3, 20, 0, 39):
         slot = again.at(step)
@@ -73,11 +74,12 @@ def test_a_batch_may_be_larger_than_a_bucket():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_blocks_are_read_once_a_round_by_a_reader_that_keeps_a_few(processes):
     blocks = [i // 3 for i in range(90)]
+    order = Order({"all": list(range(90))}, blocks, 2 * processes, 0, processes)
     for process in range(processes):
-        order = Order({"all": list(range(90))}, blocks, 2 * processes, 0, process, processes)
+        rows = range(2 * process, 2 * process + 2)
         kept, loads, mixed = collections.OrderedDict(), [], []
         n = 90 // processes
-        drawn = np.concatenate([slot.samples for slot in walk(order, n // 2)])[: n - n % 2].tolist()
+        drawn = np.concatenate([order.at(step, rows).samples for step in range(n // 2)])[: n - n % 2].tolist()
         for i in drawn:
             if blocks[i] not in kept:
                 loads.append(blocks[i])
@@ -92,12 +94,12 @@ def test_blocks_are_read_once_a_round_by_a_reader_that_keeps_a_few(processes):
 
 
 def test_substitutes_are_of_the_same_bucket_and_share_and_repeatable():
-    order = Order(BUCKETS, ALONE, 4, 0, 1, 2)
+    order = Order(BUCKETS, ALONE, 4, 0, 2)
     for step in range(order.steps):
-        found = order.substitutes(step, 1, 5).tolist()
+        found = order.substitutes(step, 3, 5).tolist()
         share = list(BUCKETS.values())[order.at(step).bucket]
         assert len(set(found)) == 5 and set(found) <= set(share[len(share) // 2 :])
-        assert found == Order(BUCKETS, ALONE, 4, 0, 1, 2).substitutes(step, 1, 5).tolist()
+        assert found == Order(BUCKETS, ALONE, 4, 0, 2).substitutes(step, 3, 5).tolist()
     assert order.substitutes(0, 0, 5).tolist() != order.substitutes(0, 1, 5).tolist()
 
 
@@ -111,4 +113,4 @@ def test_substitutes_are_of_the_same_bucket_and_share_and_repeatable():
 )
 def test_what_can_not_be_divided_is_told(buckets, batch, processes, message):
     with pytest.raises(UserError, match=message):
-        Order(buckets, ALONE, batch, 0, 0, processes)
+        Order(buckets, ALONE, batch, 0, processes)

@@ -5,6 +5,7 @@ import threading
 import latent_sets
 import ml_dtypes
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from latent_sets import VAE, parquet_row, write_parquet
@@ -71,6 +72,30 @@ def test_another_table_and_a_broken_file_are_named(tmp_path):
     assert found.index.bad.keys() == {"other.parquet", "cut.parquet", "empty.parquet"}
     assert found.index.bad["other.parquet"].startswith("has no column vae_latent_bytes, vae_latent_shape")
     assert "not a readable parquet file" in found.index.bad["cut.parquet"]
+
+
+def test_text_that_is_not_utf8_is_a_bad_sample(tmp_path):
+    table = pa.Table.from_pylist([parquet_row(*pair, i) for i, pair in enumerate(PAIRS[:3])])
+    damaged = pa.array([b"float32", b"float\xff2", b"float32"], pa.binary()).view(pa.string())
+    table = table.set_column(table.schema.get_field_index("vae_latent_dtype"), "vae_latent_dtype", damaged)
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = ParquetLibrary(tmp_path, VAE)
+    with pytest.raises(BadSample, match="can't be read: 'utf-8' codec can't decode byte 0xff"):
+        found.read(1)
+    assert [found.read(i).latents.shape for i in (0, 2)] == [(3, 4, 6, 4)] * 2
+
+
+@pytest.mark.parametrize("name", ["vae_latent_shape", "text_embedding_shape"])
+@pytest.mark.parametrize("cell", [3, b"\xff"])
+def test_shapes_of_other_types_are_told_when_the_set_is_looked_through(tmp_path, name, cell):
+    write_parquet(tmp_path / "good.parquet", [parquet_row(*PAIRS[0])])
+    table = pa.Table.from_pylist([parquet_row(*PAIRS[0])])
+    column = pa.array([cell]) if cell == 3 else pa.array([cell], pa.binary()).view(pa.string())
+    table = table.set_column(table.schema.get_field_index(name), name, column)
+    pq.write_table(table, tmp_path / "other.parquet")
+    found = ParquetLibrary(tmp_path, VAE)
+    assert len(found.index.entries) == 1
+    assert found.index.bad["other.parquet"].startswith("has a column of a type that FastVideo does not write")
 
 
 def test_columns_of_other_types_are_bad_samples(tmp_path):

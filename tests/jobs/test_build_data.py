@@ -47,6 +47,8 @@ def root(tmp_path_factory):
             write_mp4(videos / name, coarse.repeat(8, axis=1).repeat(8, axis=2), crf=1)
     (videos / "torn.mp4").write_bytes((videos / "a.mp4").read_bytes()[:500])
     write_mp4(videos / "silent.mp4", np.zeros((9, 32, 32, 3), np.uint8))  # has no caption
+    for ending in ("mp4", "txt"):
+        (videos / f"caf\udce9.{ending}").write_bytes((videos / f"a.{ending}").read_bytes())  # Latin-1
     return root
 
 
@@ -85,10 +87,16 @@ def test_samples_are_the_encoders_and_all_else_is_accounted_for(root, built):
         # bfloat16, and batches of another size in float32 (sums over at most 16 numbers)
         assert (np.abs(row["text"].astype(np.float64) - own) <= np.abs(own) / 256 + 1e-5).all()
     skipped = (built / "skipped.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in skipped[1:]] == ['"short.mp4"', '"silent.mp4"', '"torn.mp4"']
-    assert "it has 3 frames at 16 per second, 9x32x32 needs more" in skipped[1] and "no caption" in skipped[2]
+    assert [line.split(",")[0] for line in skipped[1:]] == [
+        '"caf\\udce9.mp4"',
+        '"short.mp4"',
+        '"silent.mp4"',
+        '"torn.mp4"',
+    ]
+    assert "its name or caption is not UTF-8" in skipped[1]
+    assert "it has 3 frames at 16 per second, 9x32x32 needs more" in skipped[2] and "no caption" in skipped[3]
     manifest = json.loads((built / "manifest.json").read_text())
-    assert (manifest["samples"], manifest["skipped"], manifest["text_tokens"]) == (3, 3, 512)
+    assert (manifest["samples"], manifest["skipped"], manifest["text_tokens"]) == (3, 4, 512)
 
 
 def test_a_complete_set_is_left_alone(root, built, capsys):
@@ -149,7 +157,9 @@ def test_moving_shapes(root, tmp_path):
         ({"videos": "/nowhere"}, "there is no folder /nowhere"),
         ({"shard": 0}, "build_data.shard=0 must be more than 0"),
         ({"batch": 0}, "build_data.batch=0 must be more than 0"),
-        ({"fps": -1.0}, "build_data.fps=-1.0 must be more than 0"),
+        ({"fps": -1.0}, "build_data.fps=-1.0 must be from 0.01 to 1000 frames per second"),
+        ({"fps": 0.0001}, "build_data.fps=0.0001 must be from 0.01"),
+        ({"enlarge": 0.0}, "build_data.enlarge=0.0 must be more than 0"),
         ({"videos": "", "shapes": 2, "captions": "a.csv"}, "captions needs the videos"),
     ],
 )

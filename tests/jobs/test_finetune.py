@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import latent_sets
 import numpy as np
 import orbax.checkpoint as ocp
 import pipelines
@@ -20,6 +22,7 @@ from hybrid_dit import surgery, surgery_io
 from hybrid_dit.checkpoint import Checkpoints
 from hybrid_dit.convert.files import write_safetensors
 from hybrid_dit.convert.pipeline import load_transformer
+from hybrid_dit.data.order import Order
 from hybrid_dit.data.rendered import RenderedSource
 from hybrid_dit.errors import UserError
 from hybrid_dit.jobs import finetune
@@ -34,22 +37,25 @@ ROOT = Path(__file__).parents[2]
 KILLER = """
 import json, os, random, signal, sys, time
 from hybrid_dit.command_line import parse
+from hybrid_dit.data.feed import LatentSource
 from hybrid_dit.data.rendered import RenderedSource
 from hybrid_dit.jobs import finetune
 from hybrid_dit.loss_log import read_rows
 
 kills = json.loads(sys.argv[1])
 config, workdir = parse(sys.argv[2:])
-real = RenderedSource.next
+kind = RenderedSource if config.data.kind == "shapes" else LatentSource
+real = kind.next
 for kill in [*kills, None]:
     def next(source):
-        while kill and source.state()["step"] > kill + 1:
+        state = source.state()
+        while kill and state.get("step", state.get("position", {}).get("next_index")) > kill + 1:
             time.sleep(0.1)
         return real(source)
 
     child = os.fork()
     if child == 0:
-        RenderedSource.next = next
+        kind.next = next
         finetune.run(config, workdir)
         sys.stdout.flush()
         os._exit(0)
@@ -107,6 +113,15 @@ def uninterrupted(base, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def uninterrupted_on_files(base, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted_on_files")
+    config = base[1](workdir)
+    config.data.update(on_files(workdir / "files"))
+    finetune.run(config, workdir)
+    return workdir
+
+
 def rows(workdir):
     return read_rows(workdir / "finetune" / finetune.METRICS_FILE)
 
@@ -119,6 +134,13 @@ def assert_same_result(workdir, other):
     for a, b in zip(*(jax.tree.leaves(load_transformer(w / "finetune/transformer")[2]) for w in (workdir, other))):
         np.testing.assert_array_equal(a, b)
     assert without_times(workdir) == without_times(other)
+
+
+def on_files(folder):
+    """Settings of a set of two shapes, which is made if it isn't there."""
+    if not folder.exists():
+        latent_sets.write_set("tar", folder, latent_sets.samples(20, ((3, 4, 4), (1, 4, 4))))
+    return {"kind": "tar", "path": str(folder)}
 
 
 def untrained(pipeline, workdir, config):
@@ -174,7 +196,7 @@ def test_a_complete_stage_is_left_alone(base, uninterrupted, capsys, monkeypatch
 
 
 def command(config, workdir):
-    return command_line("finetune", config, workdir, "model", "distill", "finetune")
+    return command_line("finetune", config, workdir, "model", "distill", "finetune", "data")
 
 
 @pytest.mark.slow
@@ -195,9 +217,16 @@ def test_two_processes_train_what_one_does(base, uninterrupted, tmp_path):
         assert np.abs(a - b).max() <= 2 * STEPS * config.finetune.learning_rate  # the most that Adam can be apart
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_steps_ends_with_bit_equal_parameters(base, uninterrupted, tmp_path, count):
+@pytest.mark.parametrize(
+    ("expected", "count"),
+    [("uninterrupted", 1)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("uninterrupted", 5), ("uninterrupted_on_files", 2))],
+)
+def test_a_run_killed_at_random_steps_ends_with_bit_equal_parameters(base, request, tmp_path, expected, count):
+    uninterrupted = request.getfixturevalue(expected)
     config = base[1](tmp_path)
+    if expected == "uninterrupted_on_files":
+        config.data.update(on_files(uninterrupted / "files"))
     kills = sorted(random.sample(range(1, STEPS - 1), count))
     arguments = [json.dumps(kills), *command(config, tmp_path)]
     killer = subprocess.run(
@@ -242,11 +271,12 @@ def test_a_signal_saves_the_step_at_hand(base, uninterrupted, tmp_path, monkeypa
         assert_same_result(tmp_path, uninterrupted)
 
 
-def test_positions_of_another_number_of_processes_are_told():
-    assert finetune._position([{"step": 3}]) == {"step": 3}
-    assert finetune._position([{"step": 3}] * 4) == {"step": 3}
-    with pytest.raises(UserError, match="positions in the data of 2 processes, which differ; .*now 1"):
-        finetune._position([{"step": 3}, {"step": 4}])
+def test_every_process_takes_its_own_position_and_those_of_another_number_the_first(monkeypatch):
+    states = [{"process": [i, 2]} for i in range(2)]
+    assert finetune._position(states) == states[0]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert finetune._position(states) == states[1] and finetune._position(states[:1]) == states[0]
 
 
 # What one sees
@@ -280,19 +310,69 @@ def test_divergence_names_the_step_its_samples_and_the_last_good_checkpoint(base
         batch = real(source)
         if source.state()["step"] == 4:
             bad.extend(batch.keys)
-            return batch._replace(latents=batch.latents * np.float32("nan"))
+            batch.latents[2:4] *= np.float32("nan")
         return batch
 
     monkeypatch.setattr(RenderedSource, "next", poisoned)
     with pytest.raises(UserError, match=r"diverged at step 4: loss nan.*learning_rate") as info:
         finetune.run(config, tmp_path)
-    assert ", ".join(bad) in str(
-        info.value
-    ) and f"the last good checkpoint is {tmp_path}/finetune/checkpoints/2." in str(info.value)
+    assert f"not finite, of 8: {', '.join(bad[2:4])}; the last good" in str(info.value)
+    assert f"the last good checkpoint is {tmp_path}/finetune/checkpoints/2." in str(info.value)
     assert not (tmp_path / "finetune/done.json").exists()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
     with Checkpoints(tmp_path / "finetune/checkpoints") as checkpoints:
         assert checkpoints.latest == 2  # nothing that is not finite was saved
+
+
+def test_all_processes_name_the_samples_of_all(tmp_path):
+    program = """
+import sys
+from types import SimpleNamespace
+from hybrid_dit import processes
+options, _ = processes.parse(sys.argv[1:])
+with processes.joined(options):
+    import jax, numpy as np
+    from pathlib import Path
+    from hybrid_dit.jobs import finetune
+    i = jax.process_index()
+    keys = [f"sample {i} {n}" for n in "abc"]
+    checkpoints = SimpleNamespace(latest=4 if i == 0 else None, folder=Path("x"))  # a folder that is seen late
+    metrics = {"loss": 1.0, "grad_norm": 2.0, "sample_loss": np.ones(6)}
+    finetune._check(metrics, 5, keys, i, checkpoints, SimpleNamespace(learning_rate=0.1))
+    metrics |= {"loss": np.nan} if "loss" in sys.argv else {"grad_norm": np.inf}
+    metrics["sample_loss"][4] = np.nan if "loss" in sys.argv else 1
+    finetune._check(metrics, 5, keys, 1 - i, checkpoints, SimpleNamespace(learning_rate=0.1))
+"""
+    one = "loss nan, gradient norm 2.0; samples whose loss is not finite, of 6: sample 0 b; the last good"
+    every = ", ".join(f"sample {i} {n}" for i in (1, 0) for n in "abc")
+    for what, told in (("loss", one), ("norm", f"loss 1.0, gradient norm inf; its samples: {every}; the last good")):
+        (first, _, error), (second, _, other) = Several(tmp_path / what, program, what).finish()
+        assert (first, second) == (2, 2)
+        assert (error + other).count("error: ") == 1  # equal texts are told once
+        assert f"error: fine-tuning diverged at step 5: {told} checkpoint is x/4. " in error + other
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_began_and_comes_to_the_same_batch(base, tmp_path):
+    """In the share of the second one: a sample that is left out, then one that can't be trained on."""
+    pairs, order = latent_sets.samples(20, ((3, 4, 4),)), Order({"all": range(20)}, [None] * 20, 8, 0, 2)
+    first, third = (int(order.at(step).samples[4]) for step in (0, 2))
+    pairs[first][0][0, 0, 0, 0] = np.nan
+    pairs[third][0][:] = 1e30
+    latent_sets.write_tar(tmp_path / "files/a.tar", pairs)
+    config = base[1](tmp_path / "run")
+    config.data.update({"kind": "tar", "path": str(tmp_path / "files")})
+    results = Several(tmp_path, MAIN, *command(config, tmp_path / "run")).finish()
+    assert [code for code, _, _ in results] == [2, 2]
+    told = [error for _, _, error in results]
+    assert f"left out a.tar/{first:09d}: latents holds NaN" in told[1] and "left out" not in told[0] + results[0][1]
+    with pytest.raises(UserError) as info:
+        finetune.run(config, tmp_path / "run")
+    assert f"step 3: loss nan, gradient norm nan; samples whose loss is not finite, of 8: a.tar/{third:09d};" in (
+        str(info.value)
+    )
+    assert f"the last good checkpoint is {tmp_path}/run/finetune/checkpoints/2." in str(info.value)
+    assert f"error: {info.value}\n" in told[0] + told[1]
 
 
 @pytest.mark.parametrize(
@@ -304,13 +384,15 @@ def test_data_that_is_not_there(base, tmp_path, change, message):
     config.update_from_flattened_dict(change)
     for name in ("distill", "select"):  # made with the same settings
         (tmp_path / name / "settings.json").unlink()
+        Stage(tmp_path, name, config)
     with pytest.raises(UserError, match=message):
         finetune.run(config, tmp_path)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 0}, {"save_every": 0}, {"keep": 0}, {"batch": 0}, {"warmup": -1}, {"drop_text": 1.5}, {"ema": 1.0}],
+    [{"steps": 0}, {"save_every": 0}, {"keep": 0}, {"batch": 0}, {"warmup": -1}, {"drop_text": 1.5}, {"ema": 1.0}]
+    + [{"learning_rate": value} for value in (0.0, -1e-4, float("nan"), float("inf"))],
 )
 def test_numbers_out_of_range_are_told_at_once(tmp_path, change):
     with pytest.raises(UserError, match=f"finetune.{next(iter(change))}="):
@@ -322,6 +404,27 @@ def test_a_setting_that_was_refused_does_not_stay_in_the_workdir(tmp_path):
         with pytest.raises(UserError, match=f"finetune.{next(iter(change))}"):
             finetune.run(settings("nowhere", **change), tmp_path)
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"finetune.learning_rates": ("block/.*=1", "feature_maps/.*=1")}, "matches 0 learning-rate rules"),
+        ({"data.buckets": ("5x32x32",)}, "no samples of the shape 5x32x32"),
+    ],
+)
+def test_a_setting_that_does_not_fit_model_or_data_can_be_corrected(base, tmp_path, monkeypatch, change, message):
+    config = base[1](tmp_path)
+    shutil.rmtree(tmp_path / "finetune")  # what `base` prepares
+    config.data.update(on_files(tmp_path / "files"))
+    monkeypatch.setattr(finetune, "train", lambda *args: pytest.fail("refused settings went through"))
+    refused = config.copy_and_resolve_references()
+    refused.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=message):
+        finetune.run(refused, tmp_path)
+    monkeypatch.setattr(finetune, "train", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune.run(config, tmp_path)
 
 
 def test_missing_stages_are_named(base, tmp_path):
