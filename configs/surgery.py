@@ -1,7 +1,7 @@
 """All of Attention Surgery: distill, select rates, fine-tune, export, evaluate; each stage once.
 
 Run:    python -m hybrid_dit.main --config=configs/surgery.py --workdir=runs/tiny
-Takes:  about 8 minutes on 2 CPU cores (tiny).
+Takes:  8 to 11 minutes on 2 CPU cores (tiny).
 Gives:  one folder per stage in the workdir; the result is export/pipeline, the verdict report.html.
 """
 
