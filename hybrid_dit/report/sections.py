@@ -44,8 +44,6 @@ def summary(results: Results) -> Html:
         "score": [_mean(row.score) for row in results.variants],
         "minus teacher": ["" if row.name == "teacher" else _mean(row.minus_teacher) for row in results.variants],
         "PSNR to teacher": [_mean(row.psnr, " dB") for row in results.variants],
-        "SSIM to teacher": [_mean(row.ssim, digits=3) for row in results.variants],
-        "motion, of the teacher's": [_percent(row.motion) for row in results.variants],
         "denoise": [f"{row.denoise:.2f} s" for row in results.variants],
         "decode": [f"{row.decode:.2f} s" for row in results.variants],
         "attention FLOPs": [f"{row.flops:.3g}" for row in results.variants],
@@ -62,13 +60,21 @@ def summary(results: Results) -> Html:
         cells = [[row.name, *(_number(row.parts.get(part)) for part in names)] for row in results.variants]
         inner = table(["variant", *names], cells, "Parts of the score")
         parts.append(tag("details", tag("summary", "Parts of the score"), inner))
-    compared = [row for row in results.variants if row.velocity]
+    compared = [row for row in results.variants if row.ssim or row.motion or row.velocity]
     if compared:
         times = list(dict.fromkeys(time for row in compared for time in row.velocity))
-        cells = [[row.name, *(_mean(row.velocity.get(time), digits=3) for time in times)] for row in compared]
-        inner = table(["variant", *(f"t = {time:g}" for time in times)], cells, "Velocity error by timestep")
-        text = "Relative L1 distance of the velocity from the teacher's, both given the same noisy latents."
-        parts.append(tag("details", tag("summary", "Velocity error by timestep"), tag("p", text), inner))
+        cells = [
+            [row.name, _mean(row.ssim, digits=3), _percent(row.motion)]
+            + [_mean(row.velocity.get(time), digits=2) for time in times]
+            for row in compared
+        ]
+        head = ["variant", "SSIM", "motion", *(f"t = {time:g}" for time in times)]
+        text = (
+            "SSIM to the teacher's videos; motion as a share of theirs; and at timesteps t the relative L1 distance of "
+            "the velocity from the teacher's, both given the same noisy latents."
+        )
+        inner = tag("p", text), table(head, cells, "Likeness to the teacher")
+        parts.append(tag("details", tag("summary", "Likeness to the teacher"), *inner))
     return tag("div", parts)
 
 

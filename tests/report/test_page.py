@@ -126,7 +126,7 @@ def test_summary_shows_scores_with_intervals_flops_and_seconds(outline):
     text = outline.section("summary")
     for shown in ("90.0 [80.5, 95.2]", "-3.0 [-6.0, 0.0]", "23.5 dB", "1.00 s", "8e+10", "25.0%", "88.2"):
         assert shown in text
-    for shown in ("0.780 [0.500, 0.875]", "125% [50, 150]", "t = 137.5", "0.625 [0.000, 1.000]"):
+    for shown in ("0.780 [0.500, 0.875]", "125% [50, 150]", "t = 137.5", "0.62 [0.00, 1.00]"):
         assert shown in text
     verdict = outline.find("p", class_="verdict")[0][1]
     assert verdict.startswith("The hybrid scores 87.0 [77.5, 92.2], the teacher 90.0 [80.5, 95.2] (of 100).")
