@@ -56,17 +56,18 @@ def rendered_pairs(
         frames: of a video.
         size: height and width.
         seed: decides scenes and places.
-        cache: file that keeps the latents, which take long; read if it is there.
+        cache: file that keeps the latents, which take long; read if it is there and has as many. Model, size and seed
+            are those of its workdir.
 
     Returns:
         The pairs, and one whose text is the empty prompt's (and whose latents are the first pair's).
     """
     rng = np.random.default_rng(seed)
     scenes = [shapes.sample_scene(rng, "train", TWO_THINGS) for _ in range(count)]
-    if not cache.is_file():
-        placements = shapes.place_batch(scenes, rng, frames, size)
-        write_safetensors(cache, {"latents": _encode(pipeline, placements, frames, size)}, {})
-    latents = Weights(cache).read("latents")
+    latents = Weights(cache).read("latents") if cache.is_file() else ()
+    if len(latents) != count:  # also those of a run with another count that was refused after they were made
+        latents = _encode(pipeline, shapes.place_batch(scenes, rng, frames, size), frames, size)
+        write_safetensors(cache, {"latents": latents}, {})
     text, rows = (np.asarray(x) for x in generation.text_context(pipeline, [*(s.prompt for s in scenes), ""]))
     return Pairs(latents, text[:-1], rows[:-1]), Pairs(latents[:1], text[-1:], rows[-1:])
 

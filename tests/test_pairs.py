@@ -56,6 +56,12 @@ def test_rendered_pairs_are_the_vaes_latents_of_training_scenes_and_their_prompt
     assert (empty.count[:, :-1] == 1).sum() == 1 and empty.count[0, -1] == 511
     assert got.text.shape[1:] == empty.text.shape[1:]
 
+    # Of another number of videos the places differ, too: nothing of the file is used.
+    fewer, _ = rendered_pairs(pipeline, 2, pipelines.FRAMES, pipelines.SIZE, seed=1, cache=cache)
+    anew, _ = rendered_pairs(pipeline, 2, pipelines.FRAMES, pipelines.SIZE, seed=1, cache=tmp_path / "two.safetensors")
+    np.testing.assert_array_equal(fewer.latents, anew.latents)
+    got, _ = rendered_pairs(pipeline, count, pipelines.FRAMES, pipelines.SIZE, seed=1, cache=cache)
+
     monkeypatch.setattr(pairs, "_encode", None)  # a second call must not encode again
     again, _ = rendered_pairs(pipeline, count, pipelines.FRAMES, pipelines.SIZE, seed=1, cache=cache)
     jax.tree.map(np.testing.assert_array_equal, again, got)
